@@ -1,0 +1,182 @@
+"""The toy 2D distributions: samples and exact densities of the noisy data (NumPy and SciPy, no TensorFlow).
+
+The four distributions are those of the published tutorial, which took them from FFJORD (arXiv:1810.01367):
+
+* ``8gaussians``: eight isotropic Gaussians on a circle.
+* ``2spirals``: two arms, each the other one turned by 180 degrees.
+* ``checkerboard``: uniform on the eight dark 2 x 2 squares of [-4, 4]^2.
+* ``rings``: four concentric rings of equal weight, blurred by Gaussian noise.
+
+What makes them worth learning from is that ``data + N(0, noise_std^2 I)``, the distribution a denoising density
+estimator is trained on, has a density that can be computed to machine precision: see ``noisy_density_2d``.
+"""
+
+import numbers
+
+import numpy as np
+from scipy.special import i0e, ndtr
+
+GAUSSIAN_STD = 0.5 / np.sqrt(2)
+GAUSSIAN_CENTRES = (4 / np.sqrt(2)) * np.stack(
+    [np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], axis=1
+)  # (8, 2)
+
+SPIRAL_MAX_ANGLE = 3 * np.pi  # one and a half turns
+SPIRAL_SCALE = 1 / 3
+SPIRAL_JITTER = 0.5  # width of the uniform offset, before scaling
+SPIRAL_STD = 0.1
+
+SQUARE_SIZE = 2.0
+SQUARE_CORNERS = SQUARE_SIZE * np.array(
+    [(column, row) for column in range(-2, 2) for row in ((-2, 0) if column % 2 == 0 else (-1, 1))], dtype=float
+)  # (8, 2), lower left corners of the dark squares
+
+RING_RADII = np.array([3.0, 2.25, 1.5, 0.75])
+RING_STD = 0.08
+
+# Memory bound of the quadrature for 2spirals: this many (point, node) pairs at a time.
+_PAIRS_PER_CHUNK = 2**18
+
+
+def sample_2d_data(dataset, n_samples, rng=None):
+    """Draw independent samples of a toy distribution.
+
+    Args:
+        dataset: one of ``DATASETS``: "8gaussians", "2spirals", "checkerboard", "rings".
+        n_samples: number of samples, an integer of at least 1.
+        rng: a ``numpy.random.Generator``, an integer seed, or None for fresh entropy.
+
+    Returns:
+        float32 array (n_samples, 2); the rows are independent and identically distributed.
+
+    Raises:
+        ValueError: for an unknown ``dataset`` or an ``n_samples`` that is not an integer of at least 1.
+    """
+    sample, _ = _look_up(dataset)
+    if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral) or n_samples < 1:
+        raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+    return sample(int(n_samples), np.random.default_rng(rng)).astype(np.float32)
+
+
+def noisy_density_2d(dataset, points, noise_std):
+    """Evaluate the exact density of ``data + N(0, noise_std^2 I)``, the noisy density of arXiv:2001.02728, Eq. 2.
+
+    No samples are involved: Gaussians stay Gaussians, a square becomes a product of differences of normal
+    distribution functions, a ring becomes a Bessel function, and the spirals are a one-dimensional
+    Gauss-Legendre quadrature over the angle.
+
+    Args:
+        dataset: one of ``DATASETS``.
+        points: array (n, 2) of finite coordinates, in data units.
+        noise_std: standard deviation of the added noise, in data units; 0 gives the density of the clean data.
+
+    Returns:
+        float64 array (n,): probability per unit area.
+
+    Raises:
+        ValueError: for an unknown ``dataset``, ``points`` of another shape or not finite, or a ``noise_std``
+            that is negative or not finite.
+    """
+    _, density = _look_up(dataset)
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must have shape (n, 2), got {points.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError("points must be finite, got NaN or infinity among them")
+    if isinstance(noise_std, bool) or not isinstance(noise_std, numbers.Real) or not 0 <= noise_std < np.inf:
+        raise ValueError(f"noise_std must be a finite number of at least 0, got {noise_std!r}")
+    return density(points, float(noise_std))
+
+
+def _sample_gaussians(n_samples, rng):
+    centres = GAUSSIAN_CENTRES[rng.integers(len(GAUSSIAN_CENTRES), size=n_samples)]
+    return centres + GAUSSIAN_STD * rng.standard_normal((n_samples, 2))
+
+
+def _gaussians_density(points, noise_std):
+    variance = GAUSSIAN_STD**2 + noise_std**2
+    squared_distances = ((points[:, None] - GAUSSIAN_CENTRES) ** 2).sum(axis=-1)  # (n, 8)
+    return np.exp(-squared_distances / (2 * variance)).mean(axis=-1) / (2 * np.pi * variance)
+
+
+def _spiral_corners(angles):
+    """Lower left corners (n, 2) of the square of side SPIRAL_JITTER * SPIRAL_SCALE that an angle spreads over."""
+    return SPIRAL_SCALE * np.stack([-angles * np.cos(angles), angles * np.sin(angles)], axis=-1)
+
+
+def _sample_spirals(n_samples, rng):
+    # The square root makes the angle's density proportional to the angle: about even along the arm.
+    angles = SPIRAL_MAX_ANGLE * np.sqrt(rng.random(n_samples))
+    arm = _spiral_corners(angles) + SPIRAL_SCALE * SPIRAL_JITTER * rng.random((n_samples, 2))
+    signs = rng.choice([-1.0, 1.0], size=(n_samples, 1))
+    return signs * arm + SPIRAL_STD * rng.standard_normal((n_samples, 2))
+
+
+def _spirals_density(points, noise_std):
+    std = np.hypot(SPIRAL_STD, noise_std)
+    # The arm moves by at most pi per radian, so neighbouring nodes are at most about 0.6 std apart on it;
+    # the integrand is smooth on the scale of std, so the quadrature is exact to rounding.
+    num_nodes = int(np.ceil(45 / std)) + 64
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    angles = SPIRAL_MAX_ANGLE * (nodes + 1) / 2
+    angle_weights = weights * (SPIRAL_MAX_ANGLE / 2) * (2 * angles / SPIRAL_MAX_ANGLE**2)  # sums to 1
+    corners = _spiral_corners(angles)
+    # The second arm is the first one negated: evaluate the first arm at the points and at their mirror images.
+    both = np.concatenate([points, -points])
+    arm = np.empty(len(both))
+    rows = max(1, _PAIRS_PER_CHUNK // num_nodes)
+    for start in range(0, len(both), rows):
+        chunk = both[start : start + rows, None]  # (rows, 1, 2)
+        arm[start : start + rows] = _box_density(chunk, corners, SPIRAL_SCALE * SPIRAL_JITTER, std) @ angle_weights
+    return arm.reshape(2, len(points)).mean(axis=0)
+
+
+def _sample_checkerboard(n_samples, rng):
+    corners = SQUARE_CORNERS[rng.integers(len(SQUARE_CORNERS), size=n_samples)]
+    return corners + SQUARE_SIZE * rng.random((n_samples, 2))
+
+
+def _checkerboard_density(points, noise_std):
+    return _box_density(points[:, None], SQUARE_CORNERS, SQUARE_SIZE, noise_std).mean(axis=-1)
+
+
+def _sample_rings(n_samples, rng):
+    radii = RING_RADII[rng.integers(len(RING_RADII), size=n_samples), None]
+    angles = 2 * np.pi * rng.random((n_samples, 1))
+    circles = radii * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return circles + RING_STD * rng.standard_normal((n_samples, 2))
+
+
+def _rings_density(points, noise_std):
+    variance = RING_STD**2 + noise_std**2
+    radii = np.linalg.norm(points, axis=1)[:, None]  # (n, 1)
+    # A Gaussian averaged over a circle; i0e is the Bessel function I_0 times exp(-|argument|), so nothing overflows.
+    ring = np.exp(-((radii - RING_RADII) ** 2) / (2 * variance)) * i0e(radii * RING_RADII / variance)
+    return ring.mean(axis=1) / (2 * np.pi * variance)
+
+
+def _box_density(points, corners, size, std):
+    """Density at ``points`` (..., 2) of the uniform distribution on the square at ``corners`` plus N(0, std^2 I)."""
+    centred = points - (corners + size / 2)
+    if std == 0:
+        # Half-open squares, so that shared edges count once.
+        return ((centred >= -size / 2) & (centred < size / 2)).all(axis=-1) / size**2
+    # On the negative side the difference of distribution functions keeps its relative precision.
+    centred = -np.abs(centred)
+    sides = (ndtr((centred + size / 2) / std) - ndtr((centred - size / 2) / std)) / size
+    return sides[..., 0] * sides[..., 1]
+
+
+_DISTRIBUTIONS = {
+    "8gaussians": (_sample_gaussians, _gaussians_density),
+    "2spirals": (_sample_spirals, _spirals_density),
+    "checkerboard": (_sample_checkerboard, _checkerboard_density),
+    "rings": (_sample_rings, _rings_density),
+}
+DATASETS = tuple(_DISTRIBUTIONS)
+
+
+def _look_up(dataset):
+    if not isinstance(dataset, str) or dataset not in _DISTRIBUTIONS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
+    return _DISTRIBUTIONS[dataset]
