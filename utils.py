@@ -28,7 +28,8 @@ SPIRAL_STD = 0.1
 
 SQUARE_SIZE = 2.0
 SQUARE_CORNERS = SQUARE_SIZE * np.array(
-    [(column, row) for column in range(-2, 2) for row in ((-2, 0) if column % 2 == 0 else (-1, 1))], dtype=float
+    [(column, row) for column in range(-2, 2) for row in ((-2, 0) if column % 2 == 0 else (-1, 1))],
+    dtype=float,
 )  # (8, 2), lower left corners of the dark squares
 
 RING_RADII = np.array([3.0, 2.25, 1.5, 0.75])

@@ -1,0 +1,52 @@
+# The Python that makes .venv: 3.11 to 3.13.
+PYTHON ?= python3
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help tutorial test test-slow lint format clean
+
+help: ## List the targets
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- What the project makes ---
+
+# Settings given to make are environment variables of the notebook:
+# make tutorial DATASET=rings SEED=1 EPOCHS=50 OUTPUT_DIR=rings_images
+tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
+	$(VENV)/bin/python execute_notebook.py egm_dde.ipynb
+
+# --- Checks ---
+
+test: $(INSTALLED) ## Run the tests
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(INSTALLED) ## Check style and formatting of modules and notebooks
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: $(INSTALLED) ## Mend what can be mended by itself
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## Remove caches (.venv stays)
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# --- The environment ---
+
+# pip is the last thing that venv writes, so an interrupted .venv is made again.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	    echo "$(PYTHON) is not Python 3.11 to 3.13 ($$($(PYTHON) --version 2>&1)); name one: make PYTHON=python3.12" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/python -m pip install --disable-pip-version-check \
+	    -r requirements.txt -r tests/requirements.txt -c constraints.txt
+	@touch $@

@@ -1,0 +1,664 @@
+"""Denoising density estimators (DDEs) and the energy-based generative models (EGMs) built on them.
+
+Everything that has weights lives here: two network builders, ``DDE`` and ``EGM`` (arXiv:2001.02728).
+
+One sign convention throughout: a network outputs a **log density** up to a constant (the energy is its negative),
+the gradient of the log density with respect to the point is the **score**, and at ``x + noise_std * noise`` with
+standard normal ``noise`` the regression target of the score is ``-noise / noise_std``.
+"""
+
+import math
+import numbers
+import random
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_PACKAGE = "egm_dde"
+
+# Every draw is counter-based: a pure function of (seed, purpose, step, replica), so that a resumed run repeats
+# exactly the draws of an uninterrupted one. The purposes keep streams of one step apart.
+_TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE = range(6)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class RandomFourierFeatures(keras.layers.Layer):
+    """Map x to [x, sin(x B), cos(x B)] with fixed random frequencies B ~ N(0, scale^2) (arXiv:2006.10739).
+
+    Plain small networks learn the fine structure of a density very slowly; with these features they learn it fast.
+
+    Args:
+        num_features: number of frequencies; the output has ``dim + 2 * num_features`` columns.
+        scale: standard deviation of the frequencies, in radians per data unit.
+        seed: integer that fixes the frequencies.
+    """
+
+    def __init__(self, num_features=64, scale=1.0, seed=0, **kwargs):
+        super().__init__(**kwargs)
+        self.num_features = num_features
+        self.scale = scale
+        self.seed = seed
+
+    def build(self, input_shape):
+        self.frequencies = self.add_weight(
+            shape=(input_shape[-1], self.num_features),
+            initializer=keras.initializers.RandomNormal(stddev=self.scale, seed=self.seed),
+            trainable=False,
+            name="frequencies",
+        )
+
+    def call(self, x):
+        phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
+        return keras.ops.concatenate([x, keras.ops.sin(phases), keras.ops.cos(phases)], axis=-1)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_features": self.num_features,
+            "scale": self.scale,
+            "seed": self.seed,
+        }
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class GaussianLogDensity(keras.layers.Layer):
+    """Log density of N(0, (data_std^2 + noise_std^2) I): the base measure that an energy network corrects.
+
+    It makes exp(log density) integrable and gives points far from the data a score that leads home.
+
+    Args:
+        data_std: standard deviation of the data, roughly, in data units.
+    """
+
+    def __init__(self, data_std=2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.data_std = data_std
+
+    def call(self, x, log_noise_std=None):
+        variance = self.data_std**2
+        if log_noise_std is not None:
+            variance = variance + keras.ops.exp(2.0 * log_noise_std)  # (batch, 1)
+        dim = math.prod(x.shape[1:])
+        squared_norm = keras.ops.sum(keras.ops.square(keras.ops.reshape(x, (-1, dim))), axis=-1, keepdims=True)
+        return -0.5 * (squared_norm / variance + dim * keras.ops.log(2.0 * math.pi * variance))
+
+    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
+        return (x_shape[0], 1)
+
+    def get_config(self):
+        return {**super().get_config(), "data_std": self.data_std}
+
+
+def build_energy_net(
+    dim=2,
+    noise_conditional=False,
+    widths=(128, 128),
+    activation="tanh",
+    num_features=64,
+    feature_scale=1.0,
+    data_std=2.0,
+    seed=0,
+):
+    """Build the network of a DDE: random Fourier features, dense layers, one scalar, plus a Gaussian base measure.
+
+    Args:
+        dim: number of coordinates of a point.
+        noise_conditional: False for a network of one noise level, ``net(x)``; True for a network of a range of
+            levels, ``net([x, log(noise_std)])`` with the second input of shape (batch, 1).
+        widths: units of the dense layers.
+        activation: a smooth activation; a piecewise linear one such as ReLU has a piecewise constant score.
+        num_features: number of random Fourier features of the point.
+        feature_scale: standard deviation of their frequencies, in radians per data unit.
+        data_std: standard deviation of the base measure, in data units.
+        seed: integer that fixes the initial weights.
+
+    Returns:
+        A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy data up to a constant.
+    """
+    initializers = _initializers("glorot_uniform", seed)
+    x = keras.Input((dim,), name="x")
+    log_noise_std = keras.Input((1,), name="log_noise_std") if noise_conditional else None
+    hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x)
+    if noise_conditional:
+        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
+    for width in widths:
+        hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
+    # A bias here would be the log density's free constant: it has no gradient.
+    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers))(hidden)
+    log_density = keras.layers.Add()([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
+    inputs = [x, log_noise_std] if noise_conditional else x
+    return keras.Model(inputs, log_density, name="energy_net")
+
+
+def build_generator(
+    latent_dim=2, dim=2, widths=(128, 128), activation="relu", num_features=64, feature_scale=0.5, seed=0
+):
+    """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
+
+    Args:
+        latent_dim: number of coordinates of the latent z ~ N(0, I).
+        dim: number of coordinates of a generated point.
+        widths: units of the dense layers.
+        activation: any activation; the generator needs no smooth derivative.
+        num_features: number of random Fourier features of the latent.
+        feature_scale: standard deviation of their frequencies.
+        seed: integer that fixes the initial weights.
+
+    Returns:
+        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
+    """
+    initializers = _initializers("he_normal" if activation == "relu" else "glorot_uniform", seed)
+    z = keras.Input((latent_dim,), name="z")
+    hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
+    for width in widths:
+        hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
+    return keras.Model(z, keras.layers.Dense(dim, kernel_initializer=next(initializers))(hidden), name="generator")
+
+
+def _initializers(name, seed):
+    """Yield initializers with seeds of their own: equal shapes must not get equal weights."""
+    config = keras.saving.serialize_keras_object(keras.initializers.get(name))
+    for offset in range(1, 10_000):
+        config["config"]["seed"] = 10_000 * seed + offset
+        yield keras.saving.deserialize_keras_object(config)
+
+
+# ---------------------------------------------------------------------------------------------- DDE
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class DDE(keras.Model):
+    """Denoising density estimator: a scalar network whose output is the log density of the noisy data.
+
+    For data x and y = x + noise_std * noise, noise ~ N(0, I), it minimises (arXiv:2001.02728, Eq. 5, in noise units)
+
+        E ||noise_std * grad_y f(y) + noise||^2 / d,
+
+    whose minimiser is f = log p~ + constant, with p~ = p * N(0, noise_std^2 I) the density of y. A loss of 1 means
+    "learned nothing"; the unavoidable part is 1 - noise_std^2 * J / d, with J the Fisher information of p~.
+
+    With a range ``noise_std=(low, high)`` one network covers all levels: noise_std is drawn log-uniformly for each
+    point, and dual score matching (arXiv:2506.05310) also fits the derivative along the noise level,
+
+        E (d f(y, noise_std) / d log(noise_std) - (||noise||^2 - d))^2 / (2 d),
+
+    which ties all levels to one constant and so gets the relative mass of far modes right.
+
+    The noise is added here: ``dde.compile(); dde.fit(x)`` takes the clean data as an array, a ``tf.data.Dataset`` or
+    a ``keras.utils.PyDataset``. It is a function of ``seed`` and the number of steps made, so that equal seeds give
+    equal runs.
+
+    Args:
+        net: ``keras.Model`` from (batch, *event) to (batch, 1), such as ``build_energy_net()``; for a range of
+            noise levels from [(batch, *event), (batch, 1)], the second input being log(noise_std).
+        noise_std: standard deviation of the noise, in data units: a positive number, or a pair (low, high).
+        dual_weight: weight of the derivative along the noise level in the loss; used with a range only.
+        seed: integer that fixes all noise; None draws one from Python's ``random`` (``keras.utils.set_random_seed``).
+
+    Raises:
+        ValueError: for a ``net`` with more than one output or a ``noise_std`` that is not as above.
+    """
+
+    def __init__(self, net, noise_std=0.1, dual_weight=1.0, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.net = net
+        self.noise_std, self.noise_range = _check_noise_std(noise_std)
+        if not _is_finite_number(dual_weight) or dual_weight < 0:
+            raise ValueError(f"dual_weight must be a finite number of at least 0, got {dual_weight!r}")
+        self.dual_weight = float(dual_weight)
+        self.seed = _check_seed(seed)
+        self.loss_tracker = keras.metrics.Mean("loss")
+        if net.built:
+            num_inputs = len(net.inputs) if getattr(net, "inputs", None) else None
+            if num_inputs not in (None, 1 + self.noise_conditional):
+                raise ValueError(
+                    f"a network for noise_std={noise_std!r} must take {1 + self.noise_conditional} input(s), "
+                    f"{'[x, log(noise_std)]' if self.noise_conditional else 'x'}; got one that takes {num_inputs} "
+                    f"(build_energy_net(noise_conditional={self.noise_conditional}) makes one)"
+                )
+            if getattr(net, "output_shape", None) is not None:
+                _check_scalar_output(net.output_shape)
+            self.built = True
+
+    @property
+    def noise_conditional(self):
+        """Whether the network covers a range of noise levels."""
+        return self.noise_range[0] < self.noise_range[1]
+
+    def call(self, x, noise_std=None):
+        """Evaluate log density and score.
+
+        Args:
+            x: points (batch, *event), in data units.
+            noise_std: for a DDE of a range of levels, the level: a number or one a point (batch,); None is the lowest.
+
+        Returns:
+            log_density (batch, 1) up to a constant, and score (batch, *event), its gradient, in 1 / data units.
+        """
+        x = self._as_points(x)
+        log_density, score, _ = self._differentiate(x, self._log_noise_std(x, noise_std))
+        return log_density, score
+
+    def log_density(self, x, noise_std=None):
+        """Log density (batch, 1) of the noisy data up to a constant, the same for all levels; see ``call``."""
+        x = self._as_points(x)
+        return self._evaluate(x, self._log_noise_std(x, noise_std))
+
+    def score(self, x, noise_std=None):
+        """Gradient (batch, *event) of the log density with respect to x; see ``call``."""
+        return self(self._as_points(x), noise_std=noise_std)[1]
+
+    def denoise(self, noisy_x, noise_std=None):
+        """Posterior mean of the clean data, noisy_x + noise_std^2 * score(noisy_x) (Miyasawa 1961, Robbins 1956).
+
+        Args:
+            noisy_x: points (batch, *event), in data units.
+            noise_std: the noise in them; see ``call``.
+
+        Returns:
+            Tensor (batch, *event), in data units.
+        """
+        noisy_x = self._as_points(noisy_x)
+        log_noise_std = self._log_noise_std(noisy_x, noise_std)
+        _, score, _ = self._differentiate(noisy_x, log_noise_std)
+        return noisy_x + _per_event(tf.exp(2.0 * log_noise_std), noisy_x) * score
+
+    def add_noise(self, x, key):
+        """Draw a noise level and noise for each point.
+
+        Args:
+            x: clean points (batch, *event).
+            key: int32 tensor (2,), the key of the draw.
+
+        Returns:
+            noisy_x (batch, *event), noise (batch, *event) in noise units, and log_noise_std (batch, 1).
+        """
+        noise_key, level_key = tf.unstack(tf.random.experimental.stateless_split(key, 2, alg="philox"))
+        noise = tf.random.stateless_normal(tf.shape(x), noise_key, dtype=x.dtype, alg="philox")
+        batch_size = tf.shape(x)[0]
+        low, high = (math.log(level) for level in self.noise_range)
+        if self.noise_conditional:
+            # Stratified: one level in each of batch_size equal parts of the range, for less variance.
+            offset = tf.random.stateless_uniform([], level_key, dtype=x.dtype, alg="philox")
+            fractions = (tf.range(batch_size, dtype=x.dtype) + offset) / tf.cast(batch_size, x.dtype)
+            log_noise_std = low + (high - low) * fractions[:, None]
+        else:
+            log_noise_std = tf.fill([batch_size, 1], tf.cast(low, x.dtype))
+        return x + _per_event(tf.exp(log_noise_std), x) * noise, noise, log_noise_std
+
+    def denoising_loss(self, x, key):
+        """The training loss on a batch, in noise units.
+
+        Args:
+            x: clean points (batch, *event).
+            key: int32 tensor (2,), the key of the noise.
+
+        Returns:
+            Scalar tensor; its minimum is reached where the network is the log density of the noisy data.
+        """
+        noisy_x, noise, log_noise_std = self.add_noise(x, key)
+        _, score, level_derivative = self._differentiate(noisy_x, log_noise_std)
+        loss = tf.reduce_mean(tf.square(_per_event(tf.exp(log_noise_std), x) * score + noise))
+        if self.noise_conditional and self.dual_weight > 0:
+            dim = math.prod(x.shape[1:])
+            squared_norm = tf.reduce_sum(tf.square(tf.reshape(noise, (-1, dim))), axis=-1, keepdims=True)
+            residual = level_derivative - (squared_norm - dim)  # (batch, 1)
+            loss += self.dual_weight * tf.reduce_mean(tf.square(residual)) / (2 * dim)
+        return loss
+
+    def compile(self, optimizer=None, **kwargs):
+        """Set the optimizer; None is ``Adam(1e-3)``. Other arguments as for ``keras.Model.compile``."""
+        kwargs.setdefault("jit_compile", False)  # no faster for small networks, and other random numbers
+        super().compile(optimizer=keras.optimizers.Adam(1e-3) if optimizer is None else optimizer, **kwargs)
+        self._compile_options = kwargs
+        if self.built:
+            self.optimizer.build(self.trainable_variables)  # only a built optimizer is saved with its slots
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return None
+        return {"optimizer": keras.saving.serialize_keras_object(self.optimizer), **self._compile_options}
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+    def train_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        loss = _descend(
+            self.optimizer,
+            self.trainable_variables,
+            lambda: self.denoising_loss(self._as_points(x), _key(self.seed, _TRAIN, self.optimizer.iterations)),
+        )
+        self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
+        return {"loss": self.loss_tracker.result()}
+
+    def test_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        # Keyed by the points seen since the metrics were reset: each evaluation meets the same noise.
+        key = _key(self.seed, _EVALUATE, self.loss_tracker.count)
+        loss = self.denoising_loss(self._as_points(x), key)
+        self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
+        return {"loss": self.loss_tracker.result()}
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "net": keras.saving.serialize_keras_object(self.net),
+            "noise_std": self.noise_std,
+            "dual_weight": self.dual_weight,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "net": keras.saving.deserialize_keras_object(config["net"])})
+
+    def _as_points(self, x):
+        return keras.ops.convert_to_tensor(x, dtype=self.compute_dtype)
+
+    def _log_noise_std(self, x, noise_std):
+        """Logarithm (batch, 1) of the level asked for."""
+        low, high = self.noise_range
+        level = low if noise_std is None else noise_std
+        if not tf.is_tensor(level):
+            level = np.asarray(level, dtype=np.float64)
+            # The tolerance forgives levels that went through float32.
+            if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():
+                raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
+        level = tf.reshape(tf.cast(level, x.dtype), (-1, 1))
+        return tf.broadcast_to(tf.math.log(level), (tf.shape(x)[0], 1))
+
+    def _evaluate(self, x, log_noise_std):
+        log_density = self.net([x, log_noise_std] if self.noise_conditional else x)
+        _check_scalar_output(log_density.shape)
+        return log_density
+
+    def _differentiate(self, x, log_noise_std):
+        """Log density (batch, 1), its gradient (batch, *event), and its derivative (batch, 1) along log(noise_std)."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch((x, log_noise_std))
+            log_density = self._evaluate(x, log_noise_std)
+        return log_density, *tape.gradient(log_density, (x, log_noise_std))
+
+
+# ---------------------------------------------------------------------------------------------- EGM
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class EGM(keras.Model):
+    """Energy-based generative model: a generator that descends the KL divergence between two DDEs.
+
+    ``dde_real`` learns the noisy density p~ of the data, ``dde_fake`` the noisy density q~ of the generated points,
+    and the generator g minimises KL(q~ || p~) (arXiv:2001.02728, Eq. 8), estimated by
+
+        mean of dde_fake(y) - dde_real(y)  at  y = g(z) + noise_std * noise,  z ~ N(0, I),
+
+    in nats, up to the two constants. The gradient reaches g through y alone: both DDEs are frozen in this step, and
+    no normaliser is needed. (The algorithm printed in the paper has a plus sign where its own code descends.)
+    With a range of noise levels, this is averaged over the levels as the DDEs draw them.
+
+    One training step is one step of the generator, then ``dde_steps`` steps of each DDE, on the batch of data and on
+    as many freshly generated points, with fresh noise in each. All randomness is a function of ``seed`` and the
+    number of steps made.
+
+    Calling the model maps latents (batch, *latent) to generated points (batch, *event).
+
+    Args:
+        dde_real: ``DDE`` of the data.
+        dde_fake: ``DDE`` of the generated points, with the same ``noise_std``.
+        generator: ``keras.Model`` from latents (batch, *latent) to points (batch, *event).
+        dde_steps: steps of each DDE for one step of the generator, an integer of at least 1.
+        seed: integer that fixes all latents and noise; None draws one from Python's ``random``.
+
+    Raises:
+        ValueError: for DDEs that are the same object, share their network or differ in ``noise_std``, a generator
+            whose output does not fit them, or ``dde_steps`` less than 1.
+    """
+
+    def __init__(self, dde_real, dde_fake, generator, dde_steps=5, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        if dde_real is dde_fake or dde_real.net is dde_fake.net:
+            raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
+        if dde_real.noise_std != dde_fake.noise_std:
+            raise ValueError(
+                "dde_real and dde_fake must have the same noise_std, "
+                f"got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
+            )
+        if isinstance(dde_steps, bool) or not isinstance(dde_steps, numbers.Integral) or dde_steps < 1:
+            raise ValueError(f"dde_steps must be an integer of at least 1, got {dde_steps!r}")
+        for name, part in (("dde_real", dde_real), ("dde_fake", dde_fake), ("generator", generator)):
+            if not part.built:
+                raise ValueError(f"{name} must be built: call it once on data of the right shape, or give it an Input")
+        for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
+            expected, given = _input_shape(dde.net)[1:], tuple(generator.output_shape[1:])
+            if expected != given:
+                raise ValueError(
+                    f"the generator must return points of shape (batch, {', '.join(map(str, expected))}) "
+                    f"to fit {name}, got (batch, {', '.join(map(str, given))})"
+                )
+        self.dde_real = dde_real
+        self.dde_fake = dde_fake
+        self.generator = generator
+        self.dde_steps = int(dde_steps)
+        self.seed = _check_seed(seed)
+        self.latent_shape = _input_shape(generator)[1:]
+        self.loss_dde_real_tracker = keras.metrics.Mean("loss_dde_real")
+        self.loss_dde_fake_tracker = keras.metrics.Mean("loss_dde_fake")
+        self.gen_loss_tracker = keras.metrics.Mean("gen_loss")
+        self.built = True
+
+    def call(self, z):
+        return self.generator(z)
+
+    def sample(self, n_samples, seed=None):
+        """Generate points: one pass of the generator, no iterations.
+
+        Args:
+            n_samples: number of points, an integer of at least 1.
+            seed: integer for repeatable latents; None draws fresh ones.
+
+        Returns:
+            NumPy array (n_samples, *event), in data units, without added noise.
+
+        Raises:
+            ValueError: for an ``n_samples`` that is not an integer of at least 1.
+        """
+        if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral) or n_samples < 1:
+            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        seed = _check_seed(seed)
+        chunks = []
+        for start in range(0, n_samples, _SAMPLES_PER_CHUNK):
+            size = min(_SAMPLES_PER_CHUNK, n_samples - start)
+            chunks.append(self.generator(self._draw_latents(size, _key(seed, _SAMPLE, start))).numpy())
+        return np.concatenate(chunks)
+
+    def compile(self, dde_optimizer=None, gen_optimizer=None, **kwargs):
+        """Set the optimizers.
+
+        Args:
+            dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs; each DDE gets a copy of its own.
+                Its learning rate schedule counts DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
+            gen_optimizer: the generator's. None is ``Adam(3e-3, beta_1=0.5)``.
+            **kwargs: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
+        """
+        kwargs.setdefault("jit_compile", False)  # no faster for small networks, and other random numbers
+        super().compile(optimizer=None, **kwargs)
+        dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
+        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5))
+        self._compile_options = kwargs
+        # An optimizer belongs to the variables it was built on.
+        self.dde_real_optimizer = _copy_optimizer(dde_optimizer, self.dde_real.trainable_variables)
+        self.dde_fake_optimizer = _copy_optimizer(dde_optimizer, self.dde_fake.trainable_variables)
+        self.gen_optimizer = _copy_optimizer(gen_optimizer, self.generator.trainable_variables)
+
+    @property
+    def metrics(self):
+        return [self.loss_dde_real_tracker, self.loss_dde_fake_tracker, self.gen_loss_tracker]
+
+    def generator_loss(self, z, key):
+        """Estimate KL(q~ || p~) up to a constant, in nats (arXiv:2001.02728, Eq. 8).
+
+        Args:
+            z: latents (batch, *latent).
+            key: int32 tensor (2,), the key of the noise.
+
+        Returns:
+            Scalar tensor, differentiable in the generator's weights.
+        """
+        noisy_y, _, log_noise_std = self.dde_fake.add_noise(self.generator(z), key)
+        log_ratio = self.dde_fake._evaluate(noisy_y, log_noise_std) - self.dde_real._evaluate(noisy_y, log_noise_std)
+        return tf.reduce_mean(log_ratio)
+
+    def train_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = self.dde_real._as_points(x)
+        batch_size = tf.shape(x)[0]
+
+        latent_key, noise_key = _keys(self.seed, _GENERATOR, self.gen_optimizer.iterations)
+        z = self._draw_latents(batch_size, latent_key)
+        gen_loss = _descend(
+            self.gen_optimizer, self.generator.trainable_variables, lambda: self.generator_loss(z, noise_key)
+        )
+        for _ in range(self.dde_steps):
+            key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
+            loss_dde_real = _descend(
+                self.dde_real_optimizer,
+                self.dde_real.trainable_variables,
+                lambda key=key: self.dde_real.denoising_loss(x, key),
+            )
+            latent_key, noise_key = _keys(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
+            y = self.generator(self._draw_latents(batch_size, latent_key))
+            loss_dde_fake = _descend(
+                self.dde_fake_optimizer,
+                self.dde_fake.trainable_variables,
+                lambda y=y, key=noise_key: self.dde_fake.denoising_loss(y, key),
+            )
+            self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
+            self.loss_dde_fake_tracker.update_state(loss_dde_fake, sample_weight=batch_size)
+        self.gen_loss_tracker.update_state(gen_loss, sample_weight=batch_size)
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = self.dde_real._as_points(x)
+        batch_size = tf.shape(x)[0]
+        latent_key, noise_key = _keys(self.seed, _EVALUATE, self.gen_loss_tracker.count)
+        z = self._draw_latents(batch_size, latent_key)
+        self.gen_loss_tracker.update_state(self.generator_loss(z, noise_key), sample_weight=batch_size)
+        for tracker, dde, points in (
+            (self.loss_dde_real_tracker, self.dde_real, x),
+            (self.loss_dde_fake_tracker, self.dde_fake, self.generator(z)),
+        ):
+            tracker.update_state(dde.denoising_loss(points, noise_key), sample_weight=batch_size)
+        return self.get_metrics_result()
+
+    def get_config(self):
+        parts = {name: getattr(self, name) for name in ("dde_real", "dde_fake", "generator")}
+        return {
+            **super().get_config(),
+            **{name: keras.saving.serialize_keras_object(part) for name, part in parts.items()},
+            "dde_steps": self.dde_steps,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        parts = ("dde_real", "dde_fake", "generator")
+        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in parts}})
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return None
+        return {
+            "dde_optimizer": keras.saving.serialize_keras_object(self.dde_real_optimizer),
+            "gen_optimizer": keras.saving.serialize_keras_object(self.gen_optimizer),
+            **self._compile_options,
+        }
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def _draw_latents(self, batch_size, key):
+        return tf.random.stateless_normal((batch_size, *self.latent_shape), key, dtype=self.compute_dtype, alg="philox")
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+# Bounds the memory of EGM.sample: this many points at a time.
+_SAMPLES_PER_CHUNK = 2**16
+
+
+def _descend(optimizer, variables, loss):
+    """Take one optimizer step down ``loss()`` in ``variables``; return its value before the step."""
+    with tf.GradientTape() as tape:
+        value = loss()
+        # Gradients are summed over replicas.
+        scaled = value / tf.distribute.get_strategy().num_replicas_in_sync
+    optimizer.apply(tape.gradient(scaled, variables), variables)
+    return value
+
+
+def _copy_optimizer(optimizer, variables):
+    optimizer = type(optimizer).from_config(optimizer.get_config())
+    optimizer.build(variables)
+    return optimizer
+
+
+def _key(seed, purpose, step):
+    """Key of a draw: int32 (2,), another one for each purpose, step and replica."""
+    key = tf.random.experimental.stateless_fold_in(tf.constant([seed, purpose], tf.int32), tf.cast(step, tf.int32))
+    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return tf.random.experimental.stateless_fold_in(key, replica)
+
+
+def _keys(seed, purpose, step):
+    return tf.unstack(tf.random.experimental.stateless_split(_key(seed, purpose, step), 2, alg="philox"))
+
+
+def _per_event(values, x):
+    """Reshape values (batch, 1) so that they broadcast against x (batch, *event)."""
+    return tf.reshape(values, (-1,) + (1,) * (x.shape.rank - 1))
+
+
+def _input_shape(net):
+    """Shape of a network's points: its input, or the first of its inputs."""
+    shape = net.input_shape
+    return tuple(shape[0] if isinstance(shape, list) else shape)
+
+
+def _is_finite_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_noise_std(noise_std):
+    """Return noise_std as a float or a pair of floats, and as a pair (low, high)."""
+    levels = tuple(noise_std) if isinstance(noise_std, (tuple, list, np.ndarray)) else (noise_std, noise_std)
+    is_range = levels[0:1] != levels[1:2]
+    if len(levels) != 2 or not all(_is_finite_number(level) and level > 0 for level in levels) or levels[0] > levels[1]:
+        raise ValueError(
+            "noise_std must be a positive finite number, or a pair (low, high) of such with low < high; "
+            f"got {noise_std!r}"
+        )
+    levels = (float(levels[0]), float(levels[1]))
+    return (levels if is_range else levels[0]), levels
+
+
+def _check_seed(seed):
+    if seed is None:
+        return random.getrandbits(31)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be None or an integer from 0 to 2**31 - 1, got {seed!r}")
+    return int(seed)
+
+
+def _check_scalar_output(shape):
+    if not isinstance(shape, (tuple, tf.TensorShape)) or len(shape) != 2 or shape[1] != 1:
+        raise ValueError(f"a DDE's network must return one number a point, shape (batch, 1); got shape {shape}")

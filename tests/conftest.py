@@ -1,0 +1,15 @@
+"""Settings that have to be in place before the first test module is imported."""
+
+import os
+
+import hypothesis
+import matplotlib
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# Not through MPLBACKEND: the kernels that tests start would inherit it and draw no inline figures.
+matplotlib.use("agg")
+
+# A test must not fail because the machine was busy, nor only on some runs.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")

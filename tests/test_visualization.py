@@ -1,0 +1,566 @@
+"""Tests of the plots, the GIF writer and the training callbacks."""
+
+import imageio.v3 as iio
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+import visualization
+
+
+@pytest.fixture
+def ax():
+    return Figure(figsize=(3, 3), dpi=100).add_subplot()
+
+
+@pytest.fixture(autouse=True)
+def no_pyplot_figures_left():
+    before = plt.get_fignums()
+    yield
+    assert plt.get_fignums() == before
+
+
+def gaussian_log_density(mean, std, shift=0.0):
+    """Log density of N(mean, diag(std^2)), with a constant added."""
+    mean, std = np.array(mean), np.array(std)
+    return lambda points: shift - (((points - mean) / std) ** 2).sum(axis=1) / 2 - np.log(2 * np.pi) - np.log(std).sum()
+
+
+def render(axes):
+    """The axes' figure as floats in [0, 1], (height, width, 3), first row at the bottom."""
+    canvas = FigureCanvasAgg(axes.figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[::-1, :, :3] / 255
+
+
+def assert_square(axes, limit):
+    assert axes.get_xlim() == axes.get_ylim() == (-limit, limit)
+    assert axes.get_aspect() == 1
+
+
+# Densities
+
+
+@pytest.mark.parametrize("shift", [0.0, 700.0, -1e6])  # exp of the last two is not representable
+def test_grid_density_is_the_normalised_density(shift):
+    mean, std, limit, resolution = (0.5, -0.25), (0.5, 0.75), 5.0, 50
+    density = visualization.grid_density(gaussian_log_density(mean, std, shift), limit, resolution)
+    cell = 2 * limit / resolution
+    assert density.shape == (resolution, resolution)
+    assert density.sum() * cell**2 == pytest.approx(1, abs=1e-12)
+    centres = -limit + cell * (np.arange(resolution) + 0.5)
+    x, y = np.meshgrid(centres, centres)
+    exact = np.exp(gaussian_log_density(mean, std)(np.stack([x.ravel(), y.ravel()], axis=1)))
+    # A Gaussian's sum over cell centres is its integral to many digits; float32 points set the tolerance.
+    np.testing.assert_allclose(density.ravel(), exact, rtol=1e-4, atol=1e-7)
+
+
+def test_log_density_may_be_a_float32_column_tensor_and_minus_infinity():
+    def right_half(points):
+        assert points.dtype == np.float32 and points.shape == (16, 2)
+        return keras.ops.convert_to_tensor(np.where(points[:, :1] > 0, 3.0, -np.inf))
+
+    density = visualization.grid_density(right_half, limit=2.0, resolution=4)
+    np.testing.assert_allclose(density, [[0, 0, 1 / 8, 1 / 8]] * 4)
+
+
+def test_density_plot_puts_x_to_the_right_and_y_up(ax):
+    image = visualization.plot_density(ax, gaussian_log_density((2, -1), (0.3, 0.3)), resolution=80)
+    assert_square(ax, 4.0)
+    assert image.get_array().shape == (80, 80)
+    row, column = np.unravel_index(image.get_array().argmax(), (80, 80))
+    assert (column + 0.5) / 80 * 8 - 4 == pytest.approx(2, abs=0.06)
+    assert (row + 0.5) / 80 * 8 - 4 == pytest.approx(-1, abs=0.06)
+    # The same on the rendered pixels: the brightest colour of the map is at (2, -1).
+    pixels = render(ax)
+    top = np.argwhere(np.abs(pixels - image.cmap(1.0)[:3]).max(axis=-1) < 0.03)  # (row, column)
+    x, y = ax.transData.inverted().transform(top[:, ::-1].mean(axis=0) + 0.5)
+    assert (x, y) == pytest.approx((2, -1), abs=0.06)
+
+
+def test_density_plots_can_share_a_colour_scale(ax):
+    broad = gaussian_log_density((0, 0), (1, 1))
+    image = visualization.plot_density(ax, broad)
+    assert image.get_clim() == (0, image.get_array().max())
+    assert image.get_array().max() == pytest.approx(1 / (2 * np.pi), rel=0.01)
+    assert visualization.plot_density(ax, broad, max_density=0.7).get_clim() == (0, 0.7)
+
+
+# Points
+
+
+def test_samples_keep_their_coordinates_colours_and_limits(ax):
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(2000, 2)), 100 * rng.normal(size=(30, 2))
+    real_artist, generated_artist = visualization.plot_samples(ax, real, generated, limit=3.0)
+    np.testing.assert_array_equal(real_artist.get_xydata(), real)
+    np.testing.assert_array_equal(generated_artist.get_xydata(), generated)
+    red, _, blue = to_rgb(real_artist.get_color())
+    assert blue > red
+    red, _, blue = to_rgb(generated_artist.get_color())
+    assert red > blue
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["real", "generated"]
+    assert_square(ax, 3.0)  # whatever the samples' range
+
+
+def test_samples_without_generated_ones(ax):
+    (artist,) = visualization.plot_samples(ax, [[1, 2]])
+    np.testing.assert_array_equal(artist.get_xydata(), [[1, 2]])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["real"]
+
+
+def test_legend_hides_no_data(ax):
+    visualization.plot_samples(ax, np.zeros((5, 2)), np.ones((5, 2)))
+    render(ax)
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
+
+
+def test_denoising_lines_go_from_noisy_to_denoised(ax):
+    noisy = np.random.default_rng(0).normal(size=(7, 2))
+    lines = visualization.plot_denoising(ax, noisy, noisy / 2, limit=2.0)
+    np.testing.assert_allclose(lines.get_segments(), np.stack([noisy, noisy / 2], axis=1))
+    noisy_artist, denoised_artist = ax.get_lines()
+    np.testing.assert_array_equal(noisy_artist.get_xydata(), noisy)
+    np.testing.assert_array_equal(denoised_artist.get_xydata(), noisy / 2)
+    assert noisy_artist.get_color() != denoised_artist.get_color()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["noisy", "denoised"]
+    assert_square(ax, 2.0)
+
+
+# Score
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_streamlines_follow_the_field(ax, sign):
+    # The integral curves of (1, x) are y = x^2 / 2 + constant: exchanging x and y anywhere breaks them.
+    streamlines = visualization.plot_score(
+        ax, lambda points: sign * np.stack([np.ones(len(points)), points[:, 0]], axis=1), limit=2.0
+    )
+    assert len(ax.patches) > 10
+    covered = np.zeros((4, 4), dtype=bool)
+    for segment in streamlines.lines.get_segments():
+        x, y = np.transpose(segment)
+        assert np.ptp(y - x**2 / 2) < 0.05
+        covered[np.clip(np.int_(y + 2), 0, 3), np.clip(np.int_(x + 2), 0, 3)] = True
+    assert covered.all()
+    for arrow in ax.patches:  # after three vertices of the shaft: wing, tip, wing
+        first_wing, tip, second_wing = arrow.get_path().vertices[3:6]
+        assert sign * (tip - (first_wing + second_wing) / 2)[0] > 0
+    assert_square(ax, 2.0)
+
+
+def test_score_is_drawn_over_the_density(ax):
+    log_density = gaussian_log_density((0, 0), (1, 1))
+    visualization.plot_score(ax, lambda points: keras.ops.convert_to_tensor(-points), log_density)
+    (image,) = ax.get_images()
+    assert image.get_array().max() == pytest.approx(1 / (2 * np.pi), rel=0.01)
+
+
+# Frames and GIFs
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 49, 50, 51, 60, 200, 1000, 100_000])
+@pytest.mark.parametrize("num_frames", [2, 3, 50])
+def test_frame_epochs(num_epochs, num_frames):
+    epochs = visualization.frame_epochs(num_epochs, num_frames)
+    assert len(epochs) == min(num_epochs, num_frames)
+    assert epochs[0] == 1 and epochs[-1] == num_epochs
+    steps = np.diff(epochs)
+    assert (steps >= 1).all()
+    assert (np.diff(steps) >= -1).all()  # rounding aside, never finer again
+    if num_epochs >= 200 and num_frames == 50:
+        assert epochs[:5] == [1, 2, 3, 4, 5]
+        assert steps[-1] > 5
+
+
+def noise_frames(count, shape=(20, 30, 3)):
+    return list(np.random.default_rng(0).integers(256, size=(count, *shape), dtype=np.uint8))
+
+
+def gif_durations(path):
+    """Milliseconds each frame is shown."""
+    with iio.imopen(path, "r", plugin="pillow") as file:
+        return [file.metadata(index=index)["duration"] for index in range(file.properties(index=...).n_images)]
+
+
+def test_gif_keeps_colours_timing_and_loops_for_ever(tmp_path):
+    colours = [(255, 255, 255), (0, 0, 0), (1, 2, 3), (250, 128, 7)]
+    frames = [np.full((20, 30, 3), colour, dtype=np.uint8) for colour in colours]
+    path = tmp_path / "new" / "folder" / "plain.gif"
+    visualization.write_gif(path, frames, frame_duration=0.25, last_frame_duration=2)
+    np.testing.assert_array_equal(iio.imread(path), frames)
+    assert gif_durations(path) == [250, 250, 250, 2000]
+    assert iio.immeta(path)["loop"] == 0
+
+
+def test_gif_of_one_frame_and_of_equal_frames(tmp_path):
+    frame = np.zeros((4, 4, 3), dtype=np.uint8)
+    visualization.write_gif(tmp_path / "one.gif", [frame])
+    np.testing.assert_array_equal(iio.imread(tmp_path / "one.gif")[0], frame)
+    visualization.write_gif(tmp_path / "equal.gif", [frame, frame, frame + 1])
+    assert gif_durations(tmp_path / "equal.gif") == [200, 1500]  # merged, in the same total time
+
+
+def test_gif_palette_is_close_and_never_flickers(tmp_path):
+    gradient = np.zeros((64, 64, 3), dtype=np.uint8)
+    gradient[..., 0], gradient[..., 1] = np.meshgrid(np.arange(64) * 4, np.arange(64) * 4)
+    frames = np.stack([gradient, gradient, gradient])
+    frames[:, :32] = background = (101, 203, 0)
+    frames[1, 30:40, 10:20] = frames[2, 30:40, 30:40] = 0  # a blot that moves
+    visualization.write_gif(tmp_path / "gradient.gif", frames)
+    decoded = iio.imread(tmp_path / "gradient.gif")
+    assert np.abs(decoded.astype(int) - frames).max() <= 12  # 2048 colours in 256
+    assert (decoded[:, :30] == background).all()  # the most frequent colour is exact
+    unchanged = (frames == frames[0]).all(axis=-1)
+    assert (decoded == decoded[0]).all(axis=-1)[unchanged].all()
+
+
+def test_gif_uses_fewer_colours_to_fit(tmp_path):
+    frames = noise_frames(5, (60, 60, 3))
+    sizes = []
+    for max_bytes in (10**9, 12_000, 1):
+        visualization.write_gif(tmp_path / "noise.gif", frames, max_bytes=max_bytes)
+        decoded = iio.imread(tmp_path / "noise.gif")
+        sizes.append((len(np.unique(decoded.reshape(-1, 3), axis=0)), (tmp_path / "noise.gif").stat().st_size))
+    (most, largest), _, (fewest, smallest) = sizes
+    assert (most, fewest) == (256, 64)
+    assert smallest < 0.85 * largest
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.replace"])
+def test_failing_write_leaves_the_old_gif_and_nothing_else(tmp_path, monkeypatch, step, error):
+    def fail(target, *args):
+        with open(target, "ab") as file:
+            file.write(b"half of a")
+        raise error
+
+    path = tmp_path / "plot.gif"
+    visualization.write_gif(path, noise_frames(2))
+    before = path.read_bytes()
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(type(error)):
+        visualization.write_gif(path, noise_frames(3))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Callbacks
+
+
+@pytest.fixture
+def model():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse", run_eagerly=True)
+    return model
+
+
+DATA = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+
+
+def fit(model, callback, **options):
+    return model.fit(DATA, DATA[:, :1], batch_size=4, verbose=0, callbacks=[callback], **options)
+
+
+def recording_gif(path, **options):
+    """A GifCallback and the list of the titles of its frames, filled during training."""
+    weights, titles = [], []
+
+    def draw(axes, model):
+        assert not axes.has_data()  # a clean slate
+        weights.append(model.get_weights()[0].copy())
+        visualization.plot_samples(axes, weights[-1].T)
+
+    class Recorder(visualization.GifCallback):
+        def _add_frame(self):
+            super()._add_frame()
+            titles.append(self._axes.get_title())
+
+    return Recorder(path, draw, **options), titles, weights
+
+
+def test_gif_callback_films_training(tmp_path, model):
+    path = tmp_path / "images" / "weights.gif"
+    callback, titles, weights = recording_gif(path, figure_size=(2, 2.5), dpi=60)
+    initial = model.get_weights()[0].copy()
+    fit(model, callback, epochs=4)
+    assert titles == ["epoch 0", "epoch 1", "epoch 2", "epoch 3", "epoch 4"]
+    np.testing.assert_array_equal(weights[0], initial)
+    np.testing.assert_array_equal(weights[-1], model.get_weights()[0])
+    assert iio.imread(path).shape == (5, 150, 120, 3)
+    assert gif_durations(path) == [100] * 4 + [1500]
+    assert iio.immeta(path)["loop"] == 0
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_gif_callback_spreads_its_frames(tmp_path, model):
+    callback = visualization.GifCallback(tmp_path / "a.gif", lambda axes, _: axes.set_axis_off(), figure_size=(1, 1))
+    callback.set_model(model)
+    callback.set_params({"epochs": 1000, "steps": 1})
+    callback.on_train_begin()
+    for epoch in range(1000):
+        callback.on_epoch_begin(epoch)
+        callback.on_epoch_end(epoch)
+    callback.on_train_end()
+    assert len(iio.imread(tmp_path / "a.gif")) == 51
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "expected"),
+    [
+        ([2, 4], {"epochs": 6}, [0, 2, 4, 6]),
+        ([], {"epochs": 3}, [0, 3]),
+        ([1, 5, 6, 9], {"epochs": 7, "initial_epoch": 4}, [4, 5, 6, 7]),
+        (None, {"epochs": 7, "initial_epoch": 4}, [4, 5, 6, 7]),
+    ],
+)
+def test_gif_callback_epochs(tmp_path, model, epochs, options, expected):
+    callback, titles, _ = recording_gif(tmp_path / "a.gif", epochs=epochs, figure_size=(1, 1), dpi=40)
+    for _ in range(2):  # a callback can be used again
+        titles.clear()
+        fit(model, callback, **options)
+        assert titles == [f"epoch {epoch}" for epoch in expected]
+        assert len(iio.imread(tmp_path / "a.gif")) == len(expected)
+
+
+def test_gif_callback_shows_the_end_of_a_run_that_stops_early(tmp_path, model):
+    callback, titles, _ = recording_gif(tmp_path / "a.gif", epochs=[1, 9], figure_size=(1, 1), dpi=40)
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 2))
+    model.fit(DATA, DATA[:, :1], epochs=9, verbose=0, callbacks=[callback, stop])
+    assert titles == ["epoch 0", "epoch 1", "epoch 3"]
+
+
+def test_gif_callback_without_anything_to_train_writes_nothing(tmp_path, model):
+    callback, titles, _ = recording_gif(tmp_path / "a.gif")
+    fit(model, callback, epochs=2, initial_epoch=2)
+    assert titles == [] and list(tmp_path.iterdir()) == []
+
+
+def test_axes_stay_where_they_are_and_titles_are_kept(tmp_path, model):
+    boxes, titles = [], []
+
+    def draw(axes, model):
+        visualization.plot_density(axes, gaussian_log_density((0, 0), (1, 1)), resolution=10)
+        axes.set_title("density")
+
+    class Recorder(visualization.GifCallback):
+        def _add_frame(self):
+            super()._add_frame()
+            boxes.append(self._axes.get_window_extent().bounds)
+            titles.append(self._axes.get_title())
+
+    fit(model, Recorder(tmp_path / "a.gif", draw), epochs=10, initial_epoch=8)
+    assert titles == ["density, epoch 8", "density, epoch 9", "density, epoch 10"]
+    assert len(set(boxes)) == 1
+    assert boxes[0][2] == pytest.approx(boxes[0][3])  # square
+    assert boxes[0][2] > 0.85 * 360  # and not a stamp within wide margins
+
+
+def test_interrupted_training_leaves_the_old_gif(tmp_path, model):
+    path = tmp_path / "a.gif"
+    path.write_bytes(b"old")
+    calls = []
+
+    def draw(axes, model):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, visualization.GifCallback(path, draw), epochs=5)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Notebook:
+    """Stands in for IPython's display function: keeps the text and the HTML of every update."""
+
+    def __init__(self):
+        self.texts, self.htmls = [], []
+
+    def __call__(self, progress, display_id):
+        assert display_id is True and not self.texts  # displayed once, updated later
+        self.update(progress)
+        return self
+
+    def update(self, progress):
+        self.texts.append(repr(progress))
+        self.htmls.append(progress._repr_html_())
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    notebook = Notebook()
+    monkeypatch.setattr(visualization, "_notebook_display", lambda: notebook)
+    return notebook
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until its time is set."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(visualization, "time", clock)
+    return clock
+
+
+def test_progress_bar_text(notebook, clock):
+    bar = visualization.ProgressBar(every_seconds=0)
+    bar.set_params({"epochs": 100, "steps": 2, "verbose": 0})
+    bar.on_train_begin()
+    for epoch in range(100):
+        bar.on_epoch_begin(epoch)
+        for batch in range(2):
+            # The first step takes 10 s, the others half a second.
+            clock.now += 0.5 if epoch or batch else 10
+            bar.on_train_batch_end(batch, {"gen_loss": np.float32(784.3219)})
+        bar.on_epoch_end(epoch, {"gen_loss": 0.123456, "loss<real>": 1234.5})
+    bar.on_train_end()
+    assert notebook.texts[:5] == [
+        "epoch 1/100",  # before the first step
+        "epoch 1/100, gen_loss 784.3",  # no pace yet
+        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 99 s to go",
+        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 99 s to go",
+        "epoch 2/100, gen_loss 784.3, 98 s to go",
+    ]
+    assert "epoch 12/100, gen_loss 0.1235, loss<real> 1234, 88 s to go" in notebook.texts
+    assert notebook.texts[-1] == "100 epochs in 110 s, gen_loss 0.1235, loss<real> 1234"
+    assert notebook.htmls[4] == (
+        '<div><progress value="0.0150" max="1" style="width: 20em"></progress> '
+        "epoch 2/100, gen_loss 784.3, 11 s elapsed, 98 s to go</div>"
+    )
+    assert 'value="1.0000"' in notebook.htmls[-1] and "loss&lt;real&gt;" in notebook.htmls[-1]
+
+
+def test_progress_bar_is_rate_limited_and_moves_within_an_epoch(notebook, clock):
+    bar = visualization.ProgressBar(every_seconds=0.5)
+    bar.set_params({"epochs": 1, "steps": 1000, "verbose": 0})
+    bar.on_train_begin()
+    bar.on_epoch_begin(0)
+    for batch in range(1000):
+        clock.now += 0.01  # 10 s in all
+        bar.on_train_batch_end(batch, {"loss": 1.0})
+    bar.on_epoch_end(0, {"loss": 1.0})
+    bar.on_train_end()
+    assert 19 <= len(notebook.texts) <= 23
+    assert notebook.texts[-1] == "1 epoch in 10 s, loss 1"
+    assert 'value="0.5' in "".join(notebook.htmls)
+
+
+def test_progress_bar_in_fit(notebook, model):
+    fit(model, visualization.ProgressBar(every_seconds=0), epochs=6, initial_epoch=3)
+    assert notebook.texts[0] == "epoch 4/6"
+    assert notebook.texts[-2].startswith("epoch 6/6, loss ")
+    assert notebook.texts[-1].startswith("3 epochs in ") and ", loss " in notebook.texts[-1]
+    assert 'value="0.0000"' in notebook.htmls[0] and 'value="1.0000"' in notebook.htmls[-2]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_progress_bar_with_data_of_unknown_length(notebook, model):
+    def batches():
+        for _ in range(3):
+            yield DATA, DATA[:, :1]
+
+    callback = visualization.ProgressBar(every_seconds=0)
+    model.fit(batches(), epochs=1, verbose=0, shuffle=False, callbacks=[callback])
+    assert notebook.texts[0] == "epoch 1/1" and notebook.texts[-1].startswith("1 epoch in ")
+
+
+def test_progress_bar_in_plain_python(model, capsys):
+    fit(model, visualization.ProgressBar(every_seconds=0), epochs=3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("3 epochs in ") and ", loss " in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (93.4, "93 s"), (119.6, "2 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")],
+)
+def test_durations(seconds, text):
+    assert visualization._format_duration(seconds) == text
+
+
+# Bad input
+
+
+def no_draw(axes, model):
+    pass
+
+
+POINTS = np.zeros((3, 2))
+BAD_CALLS = {
+    "limit must be a positive finite number, got 0": lambda ax: visualization.plot_samples(ax, POINTS, limit=0),
+    "limit must be a positive finite number, got nan": lambda ax: visualization.grid_density(np.sum, np.nan),
+    "limit must be a positive finite number, got '4'": lambda ax: visualization.plot_denoising(ax, POINTS, POINTS, "4"),
+    "resolution must be an integer of at least 2, got 1": lambda ax: visualization.grid_density(np.sum, 4.0, 1),
+    "resolution must be an integer of at least 2, got 9.5": lambda ax: visualization.plot_score(
+        ax, abs, resolution=9.5
+    ),
+    "max_density must be a positive finite number, got inf": lambda ax: visualization.plot_density(
+        ax, lambda points: points[:, 0], max_density=np.inf
+    ),
+    r"log_density must return shape \(n,\) or \(n, 1\), got \(9, 2\)": lambda ax: visualization.plot_density(
+        ax, lambda points: points, resolution=3
+    ),
+    "log_density must be finite or -inf, .* nan": lambda ax: visualization.grid_density(
+        lambda points: np.where(points[:, 0] > 0, np.nan, 0.0)
+    ),
+    "log_density must be finite or -inf, .* is inf": lambda ax: visualization.grid_density(
+        lambda points: np.where(points[:, 0] > 0, np.inf, 0.0)
+    ),
+    "log_density must be finite or -inf, .* -inf": lambda ax: visualization.grid_density(
+        lambda points: np.full(len(points), -np.inf)
+    ),
+    r"real_samples must have shape \(n, 2\), got \(3,\)": lambda ax: visualization.plot_samples(ax, np.zeros(3)),
+    "generated_samples must be finite": lambda ax: visualization.plot_samples(ax, POINTS, POINTS * np.nan),
+    r"denoised_points must have shape \(n, 2\), got \(3, 3\)": lambda ax: visualization.plot_denoising(
+        ax, POINTS, np.zeros((3, 3))
+    ),
+    "equally many, got 3 and 2": lambda ax: visualization.plot_denoising(ax, POINTS, POINTS[:2]),
+    r"score must have shape \(n, 2\), got \(1600, 1\)": lambda ax: visualization.plot_score(
+        ax, lambda points: points[:, :1]
+    ),
+    r"score must return shape \(1600, 2\) .* got \(3, 2\)": lambda ax: visualization.plot_score(
+        ax, lambda points: POINTS
+    ),
+    "num_epochs must be an integer of at least 1, got 0": lambda ax: visualization.frame_epochs(0),
+    "num_epochs must be an integer of at least 1, got 2.0": lambda ax: visualization.frame_epochs(2.0),
+    "num_frames must be an integer of at least 2, got 1": lambda ax: visualization.frame_epochs(9, 1),
+    r"frames must be uint8 images .* got \[\]": lambda ax: visualization.write_gif("a.gif", []),
+    r"frames must be uint8 images .* got \[\('float64', \(4, 4, 3\)\)\]": lambda ax: visualization.write_gif(
+        "a.gif", np.zeros((2, 4, 4, 3))
+    ),
+    r"frames must be .* \(2, 4, 3\)\), \('uint8', \(4, 4, 3\)": lambda ax: visualization.write_gif(
+        "a.gif", noise_frames(1, (2, 4, 3)) + noise_frames(1, (4, 4, 3))
+    ),
+    "frame_duration must be between 0.02 and 655 seconds, got 0": lambda ax: visualization.write_gif(
+        "a.gif", noise_frames(1), frame_duration=0
+    ),
+    "draw must be a callable": lambda ax: visualization.GifCallback("a.gif", None),
+    "epochs must be an integer of at least 1, got 0": lambda ax: visualization.GifCallback("a.gif", no_draw, [3, 0]),
+    "figure_size must be a positive finite number, got -1": lambda ax: visualization.GifCallback(
+        "a.gif", no_draw, figure_size=(3, -1)
+    ),
+    "last_frame_duration must be between 0.02 and 655 seconds, got inf": lambda ax: visualization.GifCallback(
+        "a.gif", no_draw, last_frame_duration=np.inf
+    ),
+    "every_seconds must be a finite number of at least 0, got -1": lambda ax: visualization.ProgressBar(-1),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_input_is_named(ax, message):
+    with pytest.raises(ValueError, match=message):
+        BAD_CALLS[message](ax)
+    assert not ax.has_data()  # nothing half drawn

@@ -1,0 +1,531 @@
+"""Pictures of two-dimensional densities, samples and scores, and callbacks that show how training goes.
+
+Every ``plot_`` function draws one thing on one Matplotlib ``Axes`` and returns what it drew. Models come in
+as arguments: anything that maps points (n, 2) to log densities or scores will do. ``GifCallback`` films such
+a plot during training, ``ProgressBar`` shows the state of a long ``fit`` in a notebook.
+"""
+
+import html
+import math
+import numbers
+import os
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import keras
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
+VERMILION = "#d55e00"
+DENSITY_COLORMAP = "viridis"
+
+
+def grid_density(log_density, limit=4.0, resolution=100):
+    """Evaluate a density on the cells of a square grid and normalise it there.
+
+    Args:
+        log_density: callable from float32 points (n, 2) to log densities (n,) or (n, 1), an array or a
+            tensor, known up to an additive constant; -inf where the density is zero.
+        limit: half the side of the square [-limit, limit]^2, in data units.
+        resolution: cells a side, at least 2; the density is evaluated at their centres.
+
+    Returns:
+        float64 array (resolution, resolution), probability per unit area: entry [row, column] belongs to the
+        row-th y and the column-th x, both ascending. Its sum times the area of a cell is 1.
+
+    Raises:
+        ValueError: for a ``limit`` or ``resolution`` out of range, or log densities of another shape, NaN,
+            +inf, or -inf everywhere.
+    """
+    points = _grid_points(limit, resolution)
+    values = np.asarray(log_density(points), dtype=np.float64)
+    if values.shape not in ((len(points),), (len(points), 1)):
+        raise ValueError(f"log_density must return shape (n,) or (n, 1), got {values.shape} for n = {len(points)}")
+    highest = values.max()
+    if not np.isfinite(highest):  # the maximum is NaN if any value is
+        raise ValueError(f"log_density must be finite or -inf, finite somewhere; its maximum is {highest}")
+    density = np.exp(values - highest).reshape(resolution, resolution)
+    cell_area = (2 * limit / resolution) ** 2
+    return density / (density.sum() * cell_area)
+
+
+def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
+    """Draw a density, normalised on the grid, as an image.
+
+    Args:
+        ax: the Matplotlib ``Axes`` to draw on.
+        log_density: as in ``grid_density``.
+        limit: half the side of the square shown, in data units.
+        resolution: cells a side, at least 2.
+        max_density: the density at the top of the colour scale, so that several plots can share one; None
+            takes the highest density of this one.
+
+    Returns:
+        The ``AxesImage``; its array (resolution, resolution) is the density.
+
+    Raises:
+        ValueError: as ``grid_density``, and for a ``max_density`` that is not positive and finite.
+    """
+    if max_density is not None:
+        _check_positive("max_density", max_density)
+    density = grid_density(log_density, limit, resolution)
+    image = ax.imshow(
+        density,
+        cmap=DENSITY_COLORMAP,
+        vmin=0,
+        vmax=max_density,
+        origin="lower",  # the first row has the lowest y
+        extent=(-limit, limit, -limit, limit),
+        interpolation="bilinear",
+    )
+    _frame_square(ax, limit)
+    return image
+
+
+def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
+    """Draw samples as points: real ones in blue, generated ones in vermilion.
+
+    Args:
+        ax: the Matplotlib ``Axes`` to draw on.
+        real_samples: finite array (n, 2), in data units.
+        generated_samples: finite array (m, 2), or None to draw the real samples alone.
+        limit: half the side of the square shown, in data units; points outside are not visible.
+
+    Returns:
+        List of the ``Line2D`` of each set of points, real first.
+
+    Raises:
+        ValueError: for points of another shape or not finite, or a ``limit`` that is not positive and finite.
+    """
+    _check_positive("limit", limit)
+    real_samples = _check_points("real_samples", real_samples)
+    if generated_samples is not None:
+        generated_samples = _check_points("generated_samples", generated_samples)
+    artists = _plot_points(ax, real_samples, BLUE, "real")
+    if generated_samples is not None:
+        artists += _plot_points(ax, generated_samples, VERMILION, "generated")
+    _frame_square(ax, limit)
+    _add_legend(ax)
+    return artists
+
+
+def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
+    """Draw the streamlines of a score field, the directions in which the log density grows fastest.
+
+    Args:
+        ax: the Matplotlib ``Axes`` to draw on.
+        score: callable from float32 points (n, 2) to the gradients (n, 2) of the log density there.
+        log_density: as in ``grid_density``, drawn below the streamlines; None leaves the background empty.
+        limit: half the side of the square shown, in data units.
+        resolution: grid points a side at which the score is evaluated, at least 2.
+
+    Returns:
+        The ``StreamplotSet``.
+
+    Raises:
+        ValueError: for scores of another shape or not finite, and as ``grid_density``.
+    """
+    points = _grid_points(limit, resolution)
+    gradients = _check_points("the values of score", score(points))
+    if len(gradients) != len(points):
+        raise ValueError(f"score must return shape {points.shape} for such points, got {gradients.shape}")
+    if log_density is not None:
+        plot_density(ax, log_density, limit)
+    x, y = points.reshape(resolution, resolution, 2).transpose(2, 0, 1)
+    u, v = gradients.reshape(resolution, resolution, 2).transpose(2, 0, 1)
+    streamlines = ax.streamplot(
+        x, y, u, v, color=BLUE if log_density is None else "white", linewidth=0.7, arrowsize=0.7, density=1.4
+    )
+    _frame_square(ax, limit)
+    return streamlines
+
+
+def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
+    """Draw where denoising moves each noisy point: a thin line from before to after.
+
+    Args:
+        ax: the Matplotlib ``Axes`` to draw on.
+        noisy_points: finite array (n, 2), in data units.
+        denoised_points: finite array (n, 2); row i is the denoised row i of ``noisy_points``.
+        limit: half the side of the square shown, in data units.
+
+    Returns:
+        The ``LineCollection`` of the n lines.
+
+    Raises:
+        ValueError: for points of another shape or not finite, sets of different sizes, or a ``limit`` that is
+            not positive and finite.
+    """
+    _check_positive("limit", limit)
+    noisy_points = _check_points("noisy_points", noisy_points)
+    denoised_points = _check_points("denoised_points", denoised_points)
+    if len(noisy_points) != len(denoised_points):
+        raise ValueError(
+            f"noisy_points and denoised_points must be equally many, got {len(noisy_points)} and {len(denoised_points)}"
+        )
+    moves = np.stack([noisy_points, denoised_points], axis=1)  # (n, 2 ends, 2)
+    lines = ax.add_collection(LineCollection(moves, colors="0.6", linewidths=0.6, zorder=1))
+    _plot_points(ax, noisy_points, VERMILION, "noisy")
+    _plot_points(ax, denoised_points, BLUE, "denoised")
+    _frame_square(ax, limit)
+    _add_legend(ax)
+    return lines
+
+
+def frame_epochs(num_epochs, num_frames=50):
+    """Choose the epochs to film: close together early, when much changes, and far apart late.
+
+    Args:
+        num_epochs: epochs of the training run, at least 1.
+        num_frames: epochs to choose, at least 2; all of them if there are no more than this.
+
+    Returns:
+        List of min(num_epochs, num_frames) increasing epochs, counted from 1; the first is 1, the last is
+        ``num_epochs``, and the ratio of neighbours is as even as whole numbers allow.
+
+    Raises:
+        ValueError: for a ``num_epochs`` or ``num_frames`` that is not an integer in range.
+    """
+    _check_integer("num_epochs", num_epochs, 1)
+    _check_integer("num_frames", num_frames, 2)
+    if num_epochs <= num_frames:
+        return list(range(1, num_epochs + 1))
+    epochs = [1]
+    for frames_left in range(num_frames - 1, 0, -1):
+        growth = (num_epochs / epochs[-1]) ** (1 / frames_left)
+        epochs.append(max(epochs[-1] + 1, round(epochs[-1] * growth)))
+    return epochs
+
+
+def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=1_500_000):
+    """Write an endlessly looping GIF, all or nothing: a failure leaves an existing file as it was.
+
+    All frames share one palette, which keeps the file small and the colours steady. A frame equal to the one
+    before it is merged into it, and their durations are added.
+
+    Args:
+        path: the file to write; missing parent folders are made.
+        frames: non-empty sequence of uint8 RGB images (height, width, 3) of one shape.
+        frame_duration: seconds each frame is shown, at least 0.02; rounded to hundredths.
+        last_frame_duration: seconds the last frame is shown, at least 0.02.
+        max_bytes: the palette shrinks from 256 to as few as 64 colours if the file would be larger.
+
+    Raises:
+        ValueError: for frames of another shape or type, none at all, or a duration out of range.
+    """
+    _check_duration("frame_duration", frame_duration)
+    _check_duration("last_frame_duration", last_frame_duration)
+    _check_positive("max_bytes", max_bytes)
+    kinds = {(np.asarray(frame).dtype.name, np.shape(frame)) for frame in frames}
+    if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
+        raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
+    seconds = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
+    for num_colors in (256, 128, 96, 64):
+        indices, palette = _share_palette(np.stack(frames), num_colors)
+        encoded = iio.imwrite(
+            "<bytes>",
+            list(indices),
+            extension=".gif",
+            palette=palette.tobytes(),
+            optimize=True,  # transparent where nothing changed
+            duration=[10 * round(100 * duration) for duration in seconds],  # milliseconds
+            loop=0,  # for ever
+            save_all=True,  # Pillow takes a list of durations only with this, if there is one frame
+        )
+        if len(encoded) <= max_bytes:
+            break
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder makes os.replace atomic
+    try:
+        temporary.write_bytes(encoded)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class GifCallback(keras.callbacks.Callback):
+    """Film a plot of the model during ``fit`` and write it as a GIF when training ends.
+
+    The first frame shows the model before training and the last one after it; each frame tells its epoch in
+    the title. Training that is interrupted leaves an existing file as it was.
+
+    Args:
+        path: the GIF to write.
+        draw: callable ``draw(ax, model)`` that draws one frame on an empty Matplotlib ``Axes``.
+        epochs: iterable of the epochs, counted from 1, after which a frame is drawn besides the first and the
+            last one; None spreads about 50 over the run with ``frame_epochs``.
+        figure_size: width and height of a frame, in inches.
+        dpi: pixels an inch.
+        frame_duration: seconds each frame is shown.
+        last_frame_duration: seconds the last frame is shown.
+
+    Raises:
+        ValueError: for epochs that are not integers of at least 1, or a size or duration out of range.
+    """
+
+    def __init__(
+        self,
+        path,
+        draw,
+        epochs=None,
+        figure_size=(4.0, 4.4),
+        dpi=90,
+        frame_duration=0.1,
+        last_frame_duration=1.5,
+    ):
+        super().__init__()
+        if not callable(draw):
+            raise ValueError(f"draw must be a callable draw(ax, model), got {draw!r}")
+        if epochs is not None:
+            epochs = frozenset(epochs)
+            for epoch in epochs:
+                _check_integer("each of epochs", epoch, 1)
+        if len(figure_size) != 2:
+            raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
+        for length in figure_size:
+            _check_positive("each of figure_size", length)
+        _check_positive("dpi", dpi)
+        _check_duration("frame_duration", frame_duration)
+        _check_duration("last_frame_duration", last_frame_duration)
+        self.path = Path(path)
+        self.draw = draw
+        self.epochs = epochs
+        self.figure_size = figure_size
+        self.dpi = dpi
+        self.frame_duration = frame_duration
+        self.last_frame_duration = last_frame_duration
+
+    def on_train_begin(self, logs=None):
+        # A Figure of its own, unknown to pyplot, is freed with the callback.
+        self._figure = Figure(figsize=self.figure_size, dpi=self.dpi, layout="constrained")
+        self._canvas = FigureCanvasAgg(self._figure)
+        self._axes = self._figure.add_subplot(anchor="N")
+        self._frames = []
+        self._frame_epoch = None  # epochs trained at the latest frame
+        self._epoch = None  # epochs trained so far
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._epoch is None:  # the first epoch of this run, which is not 0 in a resumed one
+            remaining = self.params["epochs"] - epoch
+            self._chosen = self.epochs
+            if self._chosen is None:
+                self._chosen = {epoch + number for number in frame_epochs(remaining)}
+            self._epoch = epoch
+            self._add_frame()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._epoch = epoch + 1
+        if self._epoch in self._chosen:
+            self._add_frame()
+
+    def on_train_end(self, logs=None):
+        if self._epoch is None:  # there was nothing to train
+            return
+        if self._frame_epoch != self._epoch:
+            self._add_frame()
+        write_gif(self.path, self._frames, self.frame_duration, self.last_frame_duration)
+        self._frames = []
+
+    def _add_frame(self):
+        self._axes.clear()
+        self.draw(self._axes, self.model)
+        title = self._axes.get_title()
+        self._axes.set_title(f"{title}, epoch {self._epoch}" if title else f"epoch {self._epoch}")
+        self._canvas.draw()
+        self._figure.set_layout_engine("none")  # the first frame's layout stays, so that nothing moves
+        self._frames.append(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
+        self._frame_epoch = self._epoch
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """Show the epoch, the losses and the time to go in one notebook output that is updated in place.
+
+    For use with ``fit(..., verbose=0)``. Outside a notebook only the final state is shown, as a line of text.
+
+    Args:
+        every_seconds: least time between two updates, at least 0.
+
+    Raises:
+        ValueError: for an ``every_seconds`` that is negative or not finite.
+    """
+
+    def __init__(self, every_seconds=0.5):
+        super().__init__()
+        if not _is_number(every_seconds) or not 0 <= every_seconds < np.inf:
+            raise ValueError(f"every_seconds must be a finite number of at least 0, got {every_seconds!r}")
+        self.every_seconds = every_seconds
+
+    def on_train_begin(self, logs=None):
+        self._start = time.monotonic()
+        self._next_update = self._start
+        self._pace_start = None  # (time, epochs trained) after the first step
+        self._first_epoch = None
+        self._epochs_trained = 0
+        self._steps = self.params["steps"]  # None for data of unknown length
+        self._logs = {}
+        self._display = _notebook_display()
+        self._handle = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._first_epoch is None:  # not 0 in a resumed run
+            self._first_epoch = epoch
+        self._advance(epoch, self._logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        epoch = int(self._epochs_trained)
+        self._steps_seen = batch + 1
+        if self._steps is not None and self._steps_seen < self._steps:
+            self._advance(epoch + self._steps_seen / self._steps, logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._steps = self._steps or self._steps_seen
+        self._advance(epoch + 1, logs)
+
+    def on_train_end(self, logs=None):
+        if self._first_epoch is None:  # there was nothing to train
+            return
+        num_epochs = self._epochs_trained - self._first_epoch
+        duration = _format_duration(time.monotonic() - self._start)
+        progress = _Progress(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs)
+        if self._display is None:
+            print(progress)
+        else:
+            self._show(progress)
+
+    def _advance(self, epochs_trained, logs):
+        """Note the number of epochs trained, which need not be whole, and show it if it is time to."""
+        self._epochs_trained = epochs_trained
+        self._logs = logs or {}
+        now = time.monotonic()
+        if self._pace_start is None and epochs_trained > self._first_epoch:
+            self._pace_start = now, epochs_trained  # the first step does not count: it waits for the graph
+        if now < self._next_update or self._display is None:
+            return
+        self._next_update = now + self.every_seconds
+        num_epochs = self.params["epochs"]
+        remaining = None
+        if self._pace_start is not None and epochs_trained > self._pace_start[1]:
+            pace = (now - self._pace_start[0]) / (epochs_trained - self._pace_start[1])  # seconds an epoch
+            remaining = pace * (num_epochs - epochs_trained)
+        fraction = (epochs_trained - self._first_epoch) / (num_epochs - self._first_epoch)
+        heading = f"epoch {max(self._first_epoch + 1, math.ceil(epochs_trained))}/{num_epochs}"
+        self._show(_Progress(fraction, heading, self._logs, now - self._start, remaining))
+
+    def _show(self, progress):
+        if self._handle is None:
+            self._handle = self._display(progress, display_id=True)
+        else:
+            self._handle.update(progress)
+
+
+class _Progress:
+    """One state of a training run: a bar and text in a notebook, a line of text elsewhere."""
+
+    def __init__(self, fraction, heading, logs, elapsed=None, remaining=None):
+        self.fraction = fraction
+        self.state = [heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]
+        self.elapsed = [] if elapsed is None else [f"{_format_duration(elapsed)} elapsed"]
+        self.remaining = [] if remaining is None else [f"{_format_duration(remaining)} to go"]
+
+    def __repr__(self):
+        return ", ".join(self.state + self.remaining)
+
+    def _repr_html_(self):
+        bar = f'<progress value="{self.fraction:.4f}" max="1" style="width: 20em"></progress>'
+        return f"<div>{bar} {html.escape(', '.join(self.state + self.elapsed + self.remaining))}</div>"
+
+
+def _notebook_display():
+    """The display function of the running notebook, or None outside one."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return None
+    return display if get_ipython() is not None else None
+
+
+def _format_duration(seconds):
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 2:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _share_palette(frames, num_colors):
+    """Reduce RGB frames (n, height, width, 3) to indices (n, height, width) into one palette."""
+    codes = frames.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    codes, index_of_pixel, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)  # (colours, 3)
+    # Greedy: the next colour is the one that is worst off with those chosen. The root of its number of pixels
+    # keeps a bright mode that shows up late from losing its shades to the background.
+    weights = np.sqrt(counts)
+    nearest = np.zeros(len(colors), dtype=np.uint8)
+    distances = np.full(len(colors), 3 * 256**2)
+    chosen = []
+    while len(chosen) < min(num_colors, len(colors)):
+        chosen.append(np.argmax(weights * distances))
+        new_distances = ((colors - colors[chosen[-1]]) ** 2).sum(axis=-1)
+        nearest[new_distances < distances] = len(chosen) - 1
+        distances = np.minimum(distances, new_distances)
+    return nearest[index_of_pixel], colors[chosen].astype(np.uint8)  # palette (num_colors or fewer, 3)
+
+
+def _grid_points(limit, resolution):
+    """Centres (resolution^2, 2), float32, of a square grid's cells; x runs fastest, and both ascend."""
+    _check_positive("limit", limit)
+    _check_integer("resolution", resolution, 2)
+    centres = (2 * np.arange(resolution) + 1 - resolution) * (limit / resolution)
+    x, y = np.meshgrid(centres, centres)  # (resolution, resolution), row = y
+    return np.stack([x.ravel(), y.ravel()], axis=-1).astype(np.float32)
+
+
+def _plot_points(ax, points, color, label):
+    size = 1.6 if len(points) > 500 else 3.0  # points
+    return ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)
+
+
+def _frame_square(ax, limit):
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+
+def _add_legend(ax):
+    # Below the axes, where it hides no data.
+    legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=2, ncols=2, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set(markersize=6, alpha=1)
+
+
+def _check_points(name, points):
+    points = np.asarray(points)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"{name} must have shape (n, 2), got {points.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity among them")
+    return points
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_positive(name, value):
+    if not _is_number(value) or not 0 < value < np.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def _check_integer(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_duration(name, value):
+    # Viewers slow frames down that are shorter than 0.02 s; 655.35 s is the format's bound.
+    if not _is_number(value) or not 0.02 <= value <= 655:
+        raise ValueError(f"{name} must be between 0.02 and 655 seconds, got {value!r}")
