@@ -99,7 +99,7 @@ def build_energy_net(
     widths=(128, 128),
     activation="tanh",
     num_features=64,
-    feature_scale=1.0,
+    feature_scale=2.0,
     data_std=2.0,
     seed=0,
 ):
@@ -135,9 +135,19 @@ def build_energy_net(
 
 
 def build_generator(
-    latent_dim=2, dim=2, widths=(128, 128), activation="relu", num_features=64, feature_scale=0.5, seed=0
+    latent_dim=2,
+    dim=2,
+    widths=(128, 128),
+    activation="relu",
+    num_features=64,
+    feature_scale=2.0,
+    data_std=2.0,
+    seed=0,
 ):
     """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
+
+    If the latent has as many coordinates as the point, the layers correct the map ``data_std * z``: the generator
+    starts as a Gaussian about as wide as the data, without folds, and moves every point to data near by.
 
     Args:
         latent_dim: number of coordinates of the latent z ~ N(0, I).
@@ -146,6 +156,7 @@ def build_generator(
         activation: any activation; the generator needs no smooth derivative.
         num_features: number of random Fourier features of the latent.
         feature_scale: standard deviation of their frequencies.
+        data_std: standard deviation of the data, roughly, in data units.
         seed: integer that fixes the initial weights.
 
     Returns:
@@ -156,7 +167,13 @@ def build_generator(
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
     for width in widths:
         hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
-    return keras.Model(z, keras.layers.Dense(dim, kernel_initializer=next(initializers))(hidden), name="generator")
+    if latent_dim == dim:
+        small = keras.initializers.VarianceScaling(0.01, seed=seed)
+        correction = keras.layers.Dense(dim, kernel_initializer=small)(hidden)
+        y = keras.layers.Add()([keras.layers.Rescaling(data_std)(z), correction])
+    else:
+        y = keras.layers.Dense(dim, kernel_initializer=next(initializers))(hidden)
+    return keras.Model(z, y, name="generator")
 
 
 def _initializers(name, seed):
@@ -409,13 +426,18 @@ class EGM(keras.Model):
     as many freshly generated points, with fresh noise in each. All randomness is a function of ``seed`` and the
     number of steps made.
 
-    Calling the model maps latents (batch, *latent) to generated points (batch, *event).
+    The generator's gradient is the noisiest estimate of the three, so its step uses ``latents_per_point`` times as
+    many latents, and samples come from ``average_generator``, whose weights are a moving average. Calling the model
+    maps latents (batch, *latent) to points (batch, *event) by that average.
 
     Args:
         dde_real: ``DDE`` of the data.
         dde_fake: ``DDE`` of the generated points, with the same ``noise_std``.
         generator: ``keras.Model`` from latents (batch, *latent) to points (batch, *event).
         dde_steps: steps of each DDE for one step of the generator, an integer of at least 1.
+        latents_per_point: number of latents in a step of the generator for each point of the batch of data.
+        average_decay: decay in [0, 1) of the moving average of the generator's weights; it is smaller in the first
+            steps, so that the average forgets the initial weights.
         seed: integer that fixes all latents and noise; None draws one from Python's ``random``.
 
     Raises:
@@ -423,7 +445,9 @@ class EGM(keras.Model):
             whose output does not fit them, or ``dde_steps`` less than 1.
     """
 
-    def __init__(self, dde_real, dde_fake, generator, dde_steps=5, seed=None, **kwargs):
+    def __init__(
+        self, dde_real, dde_fake, generator, dde_steps=5, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
+    ):
         super().__init__(**kwargs)
         if dde_real is dde_fake or dde_real.net is dde_fake.net:
             raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
@@ -432,8 +456,10 @@ class EGM(keras.Model):
                 "dde_real and dde_fake must have the same noise_std, "
                 f"got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
             )
-        if isinstance(dde_steps, bool) or not isinstance(dde_steps, numbers.Integral) or dde_steps < 1:
-            raise ValueError(f"dde_steps must be an integer of at least 1, got {dde_steps!r}")
+        _check_positive_integer("dde_steps", dde_steps)
+        _check_positive_integer("latents_per_point", latents_per_point)
+        if not _is_finite_number(average_decay) or not 0 <= average_decay < 1:
+            raise ValueError(f"average_decay must be at least 0 and less than 1, got {average_decay!r}")
         for name, part in (("dde_real", dde_real), ("dde_fake", dde_fake), ("generator", generator)):
             if not part.built:
                 raise ValueError(f"{name} must be built: call it once on data of the right shape, or give it an Input")
@@ -447,7 +473,11 @@ class EGM(keras.Model):
         self.dde_real = dde_real
         self.dde_fake = dde_fake
         self.generator = generator
+        self.average_generator = _copy_network(generator)
+        self.average_generator.trainable = False
         self.dde_steps = int(dde_steps)
+        self.latents_per_point = int(latents_per_point)
+        self.average_decay = float(average_decay)
         self.seed = _check_seed(seed)
         self.latent_shape = _input_shape(generator)[1:]
         self.loss_dde_real_tracker = keras.metrics.Mean("loss_dde_real")
@@ -456,7 +486,7 @@ class EGM(keras.Model):
         self.built = True
 
     def call(self, z):
-        return self.generator(z)
+        return self.average_generator(z)
 
     def sample(self, n_samples, seed=None):
         """Generate points: one pass of the generator, no iterations.
@@ -471,13 +501,12 @@ class EGM(keras.Model):
         Raises:
             ValueError: for an ``n_samples`` that is not an integer of at least 1.
         """
-        if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral) or n_samples < 1:
-            raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+        _check_positive_integer("n_samples", n_samples)
         seed = _check_seed(seed)
         chunks = []
         for start in range(0, n_samples, _SAMPLES_PER_CHUNK):
             size = min(_SAMPLES_PER_CHUNK, n_samples - start)
-            chunks.append(self.generator(self._draw_latents(size, _key(seed, _SAMPLE, start))).numpy())
+            chunks.append(self(self._draw_latents(size, _key(seed, _SAMPLE, start))).numpy())
         return np.concatenate(chunks)
 
     def compile(self, dde_optimizer=None, gen_optimizer=None, **kwargs):
@@ -486,13 +515,13 @@ class EGM(keras.Model):
         Args:
             dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs; each DDE gets a copy of its own.
                 Its learning rate schedule counts DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
-            gen_optimizer: the generator's. None is ``Adam(3e-3, beta_1=0.5)``.
+            gen_optimizer: the generator's. None is ``Adam(2e-3, beta_1=0.5)``.
             **kwargs: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
         """
         kwargs.setdefault("jit_compile", False)  # no faster for small networks, and other random numbers
         super().compile(optimizer=None, **kwargs)
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
-        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5))
+        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(2e-3, beta_1=0.5))
         self._compile_options = kwargs
         # An optimizer belongs to the variables it was built on.
         self.dde_real_optimizer = _copy_optimizer(dde_optimizer, self.dde_real.trainable_variables)
@@ -523,10 +552,11 @@ class EGM(keras.Model):
         batch_size = tf.shape(x)[0]
 
         latent_key, noise_key = _keys(self.seed, _GENERATOR, self.gen_optimizer.iterations)
-        z = self._draw_latents(batch_size, latent_key)
+        z = self._draw_latents(self.latents_per_point * batch_size, latent_key)
         gen_loss = _descend(
             self.gen_optimizer, self.generator.trainable_variables, lambda: self.generator_loss(z, noise_key)
         )
+        self._average_weights()
         for _ in range(self.dde_steps):
             key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
             loss_dde_real = _descend(
@@ -566,6 +596,8 @@ class EGM(keras.Model):
             **super().get_config(),
             **{name: keras.saving.serialize_keras_object(part) for name, part in parts.items()},
             "dde_steps": self.dde_steps,
+            "latents_per_point": self.latents_per_point,
+            "average_decay": self.average_decay,
             "seed": self.seed,
         }
 
@@ -585,6 +617,12 @@ class EGM(keras.Model):
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def _average_weights(self):
+        num_steps = tf.cast(self.gen_optimizer.iterations, tf.float32)
+        decay = tf.minimum(self.average_decay, num_steps / (num_steps + 10.0))
+        for average, variable in zip(self.average_generator.weights, self.generator.weights, strict=True):
+            average.assign(variable + tf.cast(decay, variable.dtype) * (average - variable))
 
     def _draw_latents(self, batch_size, key):
         return tf.random.stateless_normal((batch_size, *self.latent_shape), key, dtype=self.compute_dtype, alg="philox")
@@ -612,6 +650,12 @@ def _copy_optimizer(optimizer, variables):
     return optimizer
 
 
+def _copy_network(net):
+    copy = keras.models.clone_model(net)
+    copy.set_weights(net.get_weights())
+    return copy
+
+
 def _key(seed, purpose, step):
     """Key of a draw: int32 (2,), another one for each purpose, step and replica."""
     key = tf.random.experimental.stateless_fold_in(tf.constant([seed, purpose], tf.int32), tf.cast(step, tf.int32))
@@ -636,6 +680,11 @@ def _input_shape(net):
 
 def _is_finite_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_positive_integer(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_noise_std(noise_std):
