@@ -434,7 +434,7 @@ class EGM(keras.Model):
         dde_real: ``DDE`` of the data.
         dde_fake: ``DDE`` of the generated points, with the same ``noise_std``.
         generator: ``keras.Model`` from latents (batch, *latent) to points (batch, *event).
-        dde_steps: steps of each DDE for one step of the generator, an integer of at least 1.
+        dde_steps: steps of each DDE for one step of the generator, an integer of at least 1 (published: 5).
         latents_per_point: number of latents in a step of the generator for each point of the batch of data.
         average_decay: decay in [0, 1) of the moving average of the generator's weights; it is smaller in the first
             steps, so that the average forgets the initial weights.
@@ -446,7 +446,7 @@ class EGM(keras.Model):
     """
 
     def __init__(
-        self, dde_real, dde_fake, generator, dde_steps=5, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
+        self, dde_real, dde_fake, generator, dde_steps=2, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
     ):
         super().__init__(**kwargs)
         if dde_real is dde_fake or dde_real.net is dde_fake.net:

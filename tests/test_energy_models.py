@@ -73,8 +73,9 @@ def points_for(dde, n_points, seed=0):
 
 
 def make_egm(kind="fixed", dde_steps=2, seed=11):
-    generator = build_generator(2, 3, (6, 5), "tanh", num_features=4, feature_scale=0.5, seed=2)
-    return EGM(make_dde(kind), make_dde(kind, net_seed=50), generator, dde_steps=dde_steps, seed=seed)
+    generator = build_generator(2, 3, (6, 5), "tanh", num_features=4, feature_scale=0.5, data_std=1.3, seed=2)
+    options = {"latents_per_point": 2, "average_decay": 0.15, "dde_steps": dde_steps, "seed": seed}
+    return EGM(make_dde(kind), make_dde(kind, net_seed=50), generator, **options)
 
 
 def zero_net(dim):
@@ -87,7 +88,7 @@ def identity_generator(*shape):
 
 
 def egm_parts(dim=2, noise_stds=(0.1, 0.1)):
-    return (*(DDE(zero_net(2), noise_std) for noise_std in noise_stds), identity_generator(dim))
+    return (*(DDE(zero_net(2), noise_std, seed=0) for noise_std in noise_stds), identity_generator(dim))
 
 
 def central_differences(function, x, step=1e-5):
@@ -428,8 +429,9 @@ def test_egm_recovers_a_correlated_gaussian(noise_std):
         build_energy_net(2, isinstance(noise_std, tuple), (32, 32), "tanh", 8, 1.0, data_std=2.0, seed=seed)
         for seed in (1, 2)
     ]
-    generator = build_generator(2, 2, (32,), "relu", num_features=4, feature_scale=0.5, seed=3)
-    egm = EGM(DDE(nets[0], noise_std, seed=4), DDE(nets[1], noise_std, seed=5), generator, dde_steps=2, seed=6)
+    generator = build_generator(2, 2, (32,), "relu", num_features=4, feature_scale=0.5, data_std=2.0, seed=3)
+    options = {"dde_steps": 2, "latents_per_point": 1, "average_decay": 0.99, "seed": 6}
+    egm = EGM(DDE(nets[0], noise_std, seed=4), DDE(nets[1], noise_std, seed=5), generator, **options)
     epochs, steps = 15, 64
     egm.compile(
         Adam(CosineDecay(1e-2, epochs * steps * egm.dde_steps), beta_1=0.5),
@@ -449,11 +451,11 @@ def test_egm_recovers_a_correlated_gaussian(noise_std):
 def test_steps_leave_the_other_networks_alone(kind, frozen):
     egm = make_egm(kind)
     egm.compile(SGD(0.0 if frozen == "DDEs" else 0.01), SGD(0.0 if frozen == "generator" else 0.01), run_eagerly=True)
-    parts = {"dde_real": egm.dde_real, "dde_fake": egm.dde_fake, "generator": egm.generator}
+    parts = {name: getattr(egm, name) for name in ("dde_real", "dde_fake", "generator", "average_generator")}
     before = {name: part.get_weights() for name, part in parts.items()}
     egm.fit(normal(10, 3), batch_size=5, verbose=0)
     changed = {name for name, part in parts.items() if differ(before[name], part.get_weights())}
-    assert changed == ({"generator"} if frozen == "DDEs" else {"dde_real", "dde_fake"})
+    assert changed == ({"generator", "average_generator"} if frozen == "DDEs" else {"dde_real", "dde_fake"})
 
 
 @pytest.mark.parametrize("kind", ["fixed", "range"])
@@ -523,14 +525,14 @@ def test_each_inner_step_has_fresh_latents_and_noise(dde_steps, monkeypatch):
         np.testing.assert_array_equal(call["x"], x[5 * batch : 5 * batch + 5])
     generated = [call["x"] for call in fake_calls] + [egm.generator(call["z"]).numpy() for call in generator_calls]
     generated = np.concatenate(generated)
-    assert generated.shape == (5 * num_batches * (1 + dde_steps), 3)
+    assert generated.shape == (5 * num_batches * (egm.latents_per_point + dde_steps), 3)
     assert len(np.unique(generated, axis=0)) == len(generated)
 
 
 def test_latents_and_noise_of_a_step_are_independent_standard_normals(monkeypatch):
     loss_calls = record_calls(monkeypatch, DDE, "denoising_loss")
     generator_calls = record_calls(monkeypatch, EGM, "generator_loss")
-    egm = EGM(DDE(zero_net(2), 0.1, seed=0), DDE(zero_net(2), 0.1, seed=0), identity_generator(2), dde_steps=1, seed=0)
+    egm = EGM(*egm_parts(), dde_steps=1, latents_per_point=1, seed=0)
     egm.compile(SGD(0.0), run_eagerly=True)
     x = normal(5000, 2)
     egm.train_on_batch(x)
@@ -549,6 +551,40 @@ def test_each_dde_training_step_has_fresh_noise(monkeypatch):
     dde.fit(points_for(dde, 10), batch_size=4, epochs=2, verbose=0)
     dde.evaluate(points_for(dde, 10), batch_size=4, verbose=0)
     assert len({tuple(call["key"]) for call in calls}) == len(calls) == 3 * 3
+
+
+@pytest.mark.parametrize("latents_per_point", [1, 3])
+def test_generator_step_uses_several_latents_for_a_point(latents_per_point, monkeypatch):
+    loss_calls = record_calls(monkeypatch, DDE, "denoising_loss")
+    generator_calls = record_calls(monkeypatch, EGM, "generator_loss")
+    egm = EGM(*egm_parts(), dde_steps=2, latents_per_point=latents_per_point, seed=0)
+    egm.compile(SGD(0.0), run_eagerly=True)
+    egm.fit(normal(7, 2), batch_size=5, verbose=0)
+    assert [call["z"].shape for call in generator_calls] == [(size * latents_per_point, 2) for size in (5, 2)]
+    assert [call["x"].shape for call in loss_calls] == [(5, 2)] * 4 + [(2, 2)] * 4
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.15])
+def test_samples_come_from_a_moving_average_of_the_generator(average_decay):
+    egm = make_egm()
+    egm = EGM(egm.dde_real, egm.dde_fake, egm.generator, dde_steps=1, average_decay=average_decay, seed=0)
+    assert_equal_arrays(egm.average_generator.get_weights(), egm.generator.get_weights())
+    egm.compile(SGD(0.0), SGD(1.0), run_eagerly=True)
+    decays = []
+    for _ in range(5):
+        before = np.concatenate([weight.ravel() for weight in egm.average_generator.get_weights()])
+        egm.train_on_batch(normal(8, 3))
+        current = np.concatenate([weight.ravel() for weight in egm.generator.get_weights()])
+        after = np.concatenate([weight.ravel() for weight in egm.average_generator.get_weights()])
+        decays.append(np.dot(after - current, before - current) / np.sum((before - current) ** 2))
+        np.testing.assert_allclose(after, current + decays[-1] * (before - current), atol=1e-6)
+    assert np.all(np.diff(decays) > -1e-4)  # it grows to the value asked for
+    np.testing.assert_allclose(decays[-1], average_decay, atol=1e-4)
+    if average_decay > 0:
+        assert decays[0] < 0.9 * average_decay
+        assert differ(egm.generator.get_weights(), egm.average_generator.get_weights())
+    z = normal(5, 2)
+    np.testing.assert_array_equal(egm(z), egm.average_generator(z))
 
 
 @pytest.mark.parametrize("dde_steps", [1, 3])
@@ -669,7 +705,7 @@ def test_evaluation_averages_over_the_points(monkeypatch):
 
 def test_egm_losses_are_comparable_across_noise_levels():
     for noise_std in (0.05, 2.0):
-        egm = EGM(DDE(zero_net(2), noise_std), DDE(zero_net(2), noise_std), build_generator(2, 2), seed=0)
+        egm = EGM(*egm_parts(noise_stds=(noise_std, noise_std)), seed=0)
         egm.compile(run_eagerly=True)
         logs = egm.evaluate(normal(50_000, 2), batch_size=50_000, verbose=0, return_dict=True)
         assert logs == pytest.approx({"loss_dde_real": 1, "loss_dde_fake": 1, "gen_loss": 0}, abs=0.02)
@@ -720,7 +756,8 @@ def test_a_loaded_model_is_the_saved_one(kind, tmp_path):
         z = normal(5, 2)
         np.testing.assert_array_equal(model(z), loaded(z))
         np.testing.assert_array_equal(model.sample(5, seed=1), loaded.sample(5, seed=1))
-        assert (loaded.seed, loaded.dde_steps) == (11, 2)
+        assert (loaded.seed, loaded.dde_steps, loaded.latents_per_point, loaded.average_decay) == (11, 2, 2, 0.15)
+        assert differ(loaded.generator.get_weights(), loaded.average_generator.get_weights())
     for saved_dde, loaded_dde in zip(ddes_of(model), ddes_of(loaded), strict=True):
         assert_equal_arrays(saved_dde(x), loaded_dde(x))
         assert loaded_dde.noise_std == NOISE["range" if "range" in kind else "fixed"]
@@ -844,8 +881,8 @@ def test_dde_predicts_in_batches(kind):
 def test_egm_maps_latents_to_points():
     egm = make_egm()
     z = normal(10, 2)
-    np.testing.assert_array_equal(egm(z), egm.generator(z))
-    np.testing.assert_allclose(egm.predict(z, batch_size=4, verbose=0), egm.generator(z), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(egm(z), egm.generator(z))  # before training the average is the generator
+    np.testing.assert_allclose(egm.predict(z, batch_size=4, verbose=0), egm(z), rtol=1e-4, atol=1e-5)
 
 
 def test_dde_of_images_trains():
@@ -859,7 +896,7 @@ def test_dde_of_images_trains():
 
 
 def test_samples_are_the_generator_at_standard_normal_latents():
-    egm = EGM(DDE(zero_net(2), 0.1), DDE(zero_net(2), 0.1), identity_generator(2), seed=0)
+    egm = EGM(*egm_parts(), seed=0)
     samples = egm.sample(100_000, seed=3)  # more than are generated at a time
     assert isinstance(samples, np.ndarray)
     assert samples.shape == (100_000, 2)
@@ -905,6 +942,12 @@ def test_generator_maps_latents_to_points(latent_dim, dim):
     assert widths == [6, 6, dim]
 
 
+def test_generator_starts_as_the_identity_scaled_to_the_data():
+    z = normal(500, 2)
+    y = build_generator(2, 2, (32, 32), "relu", num_features=8, feature_scale=1.0, data_std=1.7, seed=0)(z)
+    assert relative_error(y, 1.7 * z) < 0.2
+
+
 @pytest.mark.parametrize("build", [build_energy_net, build_generator])
 def test_initial_weights_are_a_function_of_the_seed(build):
     first, same, other = (build(widths=(6, 6, 6), num_features=3, seed=seed).get_weights() for seed in (4, 4, 5))
@@ -925,12 +968,12 @@ def test_initial_weights_are_a_function_of_the_seed(build):
         ),
         (
             build_generator,
-            {"activation": "tanh", "num_features": 5, "feature_scale": 2.0, "widths": (6,), "seed": 1},
+            {"activation": "tanh", "num_features": 5, "feature_scale": 2.0, "data_std": 3.0, "widths": (6,), "seed": 1},
         ),
     ],
 )
 def test_every_option_of_a_network_matters(build, changes):
-    options = {"widths": (6, 6), "num_features": 3, "feature_scale": 1.0}
+    options = {"widths": (6, 6), "num_features": 3, "feature_scale": 1.0, "data_std": 2.0}
     reference = build(**options)(normal(4, 2))
     for name, value in changes.items():
         assert not np.allclose(build(**options | {name: value})(normal(4, 2)), reference), name
@@ -1060,11 +1103,19 @@ def test_level_out_of_range_is_refused(noise_std):
         make_dde("fixed").score(normal(3, 3), noise_std=0.5)
 
 
-@pytest.mark.parametrize("dde_steps", [0, -1, 2.5, True, "5", None], ids=repr)
-def test_bad_number_of_dde_steps_is_refused(dde_steps):
-    with pytest.raises(ValueError, match="dde_steps must be an integer of at least 1, got") as caught:
-        EGM(*egm_parts(), dde_steps=dde_steps)
-    assert repr(dde_steps) in str(caught.value)
+@pytest.mark.parametrize("name", ["dde_steps", "latents_per_point"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "5", None], ids=repr)
+def test_bad_numbers_of_steps_and_latents_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got") as caught:
+        EGM(*egm_parts(), **{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("average_decay", [-0.1, 1, 1.5, float("nan"), "0.9", None], ids=repr)
+def test_bad_average_decay_is_refused(average_decay):
+    with pytest.raises(ValueError, match="average_decay must be at least 0 and less than 1, got") as caught:
+        EGM(*egm_parts(), average_decay=average_decay)
+    assert repr(average_decay) in str(caught.value)
 
 
 @pytest.mark.parametrize("n_samples", [0, -1, 2.5, True, "5", None], ids=repr)
