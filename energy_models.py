@@ -30,6 +30,9 @@ class RandomFourierFeatures(keras.layers.Layer):
     """Map x to [x, sin(x B), cos(x B)] with fixed random frequencies B ~ N(0, scale^2) (arXiv:2006.10739).
 
     Plain small networks learn the fine structure of a density very slowly; with these features they learn it fast.
+    Given the noise level, each wave is damped the way noise n ~ N(0, I) blurs it,
+    E sin((x + noise_std n) b) = exp(-noise_std^2 ||b||^2 / 2) sin(x b), so that the smooth densities of large noise
+    are not made of fine waves that have to cancel.
 
     Args:
         num_features: number of frequencies; the output has ``dim + 2 * num_features`` columns.
@@ -43,17 +46,25 @@ class RandomFourierFeatures(keras.layers.Layer):
         self.scale = scale
         self.seed = seed
 
-    def build(self, input_shape):
+    def build(self, x_shape, log_noise_std_shape=None):
         self.frequencies = self.add_weight(
-            shape=(input_shape[-1], self.num_features),
+            shape=(x_shape[-1], self.num_features),
             initializer=keras.initializers.RandomNormal(stddev=self.scale, seed=self.seed),
             trainable=False,
             name="frequencies",
         )
 
-    def call(self, x):
+    def call(self, x, log_noise_std=None):
         phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
-        return keras.ops.concatenate([x, keras.ops.sin(phases), keras.ops.cos(phases)], axis=-1)
+        waves = [keras.ops.sin(phases), keras.ops.cos(phases)]
+        if log_noise_std is not None:
+            squared_frequencies = keras.ops.sum(keras.ops.square(self.frequencies), axis=0)  # (num_features,)
+            damping = keras.ops.exp(-0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies)
+            waves = [damping * wave for wave in waves]
+        return keras.ops.concatenate([x, *waves], axis=-1)
+
+    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
+        return (*x_shape[:-1], x_shape[-1] + 2 * self.num_features)
 
     def get_config(self):
         return {
@@ -79,7 +90,7 @@ class GaussianLogDensity(keras.layers.Layer):
         self.data_std = data_std
 
     def call(self, x, log_noise_std=None):
-        variance = self.data_std**2
+        variance = keras.ops.cast(self.data_std**2, x.dtype)
         if log_noise_std is not None:
             variance = variance + keras.ops.exp(2.0 * log_noise_std)  # (batch, 1)
         dim = math.prod(x.shape[1:])
@@ -122,7 +133,7 @@ def build_energy_net(
     initializers = _initializers("glorot_uniform", seed)
     x = keras.Input((dim,), name="x")
     log_noise_std = keras.Input((1,), name="log_noise_std") if noise_conditional else None
-    hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x)
+    hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
     if noise_conditional:
         hidden = keras.layers.Concatenate()([hidden, log_noise_std])
     for width in widths:
