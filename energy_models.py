@@ -129,7 +129,14 @@ def build_energy_net(
 
     Returns:
         A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy data up to a constant.
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, or scales that are not positive and finite.
     """
+    _check_sizes_and_scales(
+        {"dim": dim, "num_features": num_features}, widths, {"feature_scale": feature_scale, "data_std": data_std}
+    )
+    seed = _check_seed(seed)
     initializers = _initializers("glorot_uniform", seed)
     x = keras.Input((dim,), name="x")
     log_noise_std = keras.Input((1,), name="log_noise_std") if noise_conditional else None
@@ -172,7 +179,16 @@ def build_generator(
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, or scales that are not positive and finite.
     """
+    _check_sizes_and_scales(
+        {"latent_dim": latent_dim, "dim": dim, "num_features": num_features},
+        widths,
+        {"feature_scale": feature_scale, "data_std": data_std},
+    )
+    seed = _check_seed(seed)
     initializers = _initializers("he_normal" if activation == "relu" else "glorot_uniform", seed)
     z = keras.Input((latent_dim,), name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
@@ -185,6 +201,16 @@ def build_generator(
     else:
         y = keras.layers.Dense(dim, kernel_initializer=next(initializers))(hidden)
     return keras.Model(z, y, name="generator")
+
+
+def _check_sizes_and_scales(sizes, widths, scales):
+    if not isinstance(widths, (tuple, list)):
+        raise ValueError(f"widths must be a sequence of integers, got {widths!r}")
+    for name, size in [*sizes.items(), *(("each of widths", width) for width in widths)]:
+        _check_positive_integer(name, size)
+    for name, scale in scales.items():
+        if not _is_finite_number(scale) or scale <= 0:
+            raise ValueError(f"{name} must be a positive finite number, got {scale!r}")
 
 
 def _initializers(name, seed):
@@ -207,14 +233,16 @@ class DDE(keras.Model):
         E ||noise_std * grad_y f(y) + noise||^2 / d,
 
     whose minimiser is f = log p~ + constant, with p~ = p * N(0, noise_std^2 I) the density of y. A loss of 1 means
-    "learned nothing"; the unavoidable part is 1 - noise_std^2 * J / d, with J the Fisher information of p~.
+    "learned nothing"; the unavoidable part is 1 - noise_std^2 * J / d, with J = E ||grad log p~||^2 the Fisher
+    information of p~.
 
     With a range ``noise_std=(low, high)`` one network covers all levels: noise_std is drawn log-uniformly for each
     point, and dual score matching (arXiv:2506.05310) also fits the derivative along the noise level,
 
         E (d f(y, noise_std) / d log(noise_std) - (||noise||^2 - d))^2 / (2 d),
 
-    which ties all levels to one constant and so gets the relative mass of far modes right.
+    which ties all levels to one constant and so gets the relative mass of far modes right. This term is 1, too, where
+    nothing is learned, so with ``dual_weight=1`` the loss starts near 2.
 
     The noise is added here: ``dde.compile(); dde.fit(x)`` takes the clean data as an array, a ``tf.data.Dataset`` or
     a ``keras.utils.PyDataset``. It is a function of ``seed`` and the number of steps made, so that equal seeds give
@@ -228,26 +256,21 @@ class DDE(keras.Model):
         seed: integer that fixes all noise; None draws one from Python's ``random`` (``keras.utils.set_random_seed``).
 
     Raises:
-        ValueError: for a ``net`` with more than one output or a ``noise_std`` that is not as above.
+        ValueError: for a ``net`` with more than one output or other inputs, or a ``noise_std``, ``dual_weight`` or
+            ``seed`` that is not as above.
     """
 
     def __init__(self, net, noise_std=0.1, dual_weight=1.0, seed=None, **kwargs):
         super().__init__(**kwargs)
-        self.net = net
         self.noise_std, self.noise_range = _check_noise_std(noise_std)
+        _check_network("net", net, num_inputs=1 + self.noise_conditional)
+        self.net = net
         if not _is_finite_number(dual_weight) or dual_weight < 0:
             raise ValueError(f"dual_weight must be a finite number of at least 0, got {dual_weight!r}")
         self.dual_weight = float(dual_weight)
         self.seed = _check_seed(seed)
         self.loss_tracker = keras.metrics.Mean("loss")
         if net.built:
-            num_inputs = len(net.inputs) if getattr(net, "inputs", None) else None
-            if num_inputs not in (None, 1 + self.noise_conditional):
-                raise ValueError(
-                    f"a network for noise_std={noise_std!r} must take {1 + self.noise_conditional} input(s), "
-                    f"{'[x, log(noise_std)]' if self.noise_conditional else 'x'}; got one that takes {num_inputs} "
-                    f"(build_energy_net(noise_conditional={self.noise_conditional}) makes one)"
-                )
             if getattr(net, "output_shape", None) is not None:
                 _check_scalar_output(net.output_shape)
             self.built = True
@@ -262,7 +285,8 @@ class DDE(keras.Model):
 
         Args:
             x: points (batch, *event), in data units.
-            noise_std: for a DDE of a range of levels, the level: a number or one a point (batch,); None is the lowest.
+            noise_std: for a DDE of a range of levels, the level (by keyword): a number or one a point (batch,); None is
+                the lowest.
 
         Returns:
             log_density (batch, 1) up to a constant, and score (batch, *event), its gradient, in 1 / data units.
@@ -390,14 +414,20 @@ class DDE(keras.Model):
         return cls(**{**config, "net": keras.saving.deserialize_keras_object(config["net"])})
 
     def _as_points(self, x):
-        return keras.ops.convert_to_tensor(x, dtype=self.compute_dtype)
+        x = keras.ops.convert_to_tensor(x, dtype=self.compute_dtype)
+        expected = _input_shape(self.net) or (None, None)
+        if x.shape.rank == 0 or (_input_shape(self.net) and not x.shape[1:].is_compatible_with(expected[1:])):
+            raise ValueError(f"points must have shape {_format_shape(expected)}, got {tuple(x.shape)}")
+        return x
 
     def _log_noise_std(self, x, noise_std):
         """Logarithm (batch, 1) of the level asked for."""
         low, high = self.noise_range
         level = low if noise_std is None else noise_std
-        if not tf.is_tensor(level):
+        if not tf.is_tensor(level) or tf.executing_eagerly():  # the values in a graph are not known yet
             level = np.asarray(level, dtype=np.float64)
+            if level.ndim and level.shape not in ((x.shape[0],), (x.shape[0], 1)):
+                raise ValueError(f"noise_std must be a number or one a point, ({x.shape[0]},); got shape {level.shape}")
             # The tolerance forgives levels that went through float32.
             if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():
                 raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
@@ -439,13 +469,14 @@ class EGM(keras.Model):
 
     The generator's gradient is the noisiest estimate of the three, so its step uses ``latents_per_point`` times as
     many latents, and samples come from ``average_generator``, whose weights are a moving average. Calling the model
-    maps latents (batch, *latent) to points (batch, *event) by that average.
+    maps latents (batch, *latent) to points (batch, *event) by that average. The losses, in training and in
+    ``evaluate``, are those of ``generator`` itself, which ``dde_fake`` follows.
 
     Args:
         dde_real: ``DDE`` of the data.
         dde_fake: ``DDE`` of the generated points, with the same ``noise_std``.
         generator: ``keras.Model`` from latents (batch, *latent) to points (batch, *event).
-        dde_steps: steps of each DDE for one step of the generator, an integer of at least 1 (published: 5).
+        dde_steps: steps of each DDE for one step of the generator, an integer of at least 1.
         latents_per_point: number of latents in a step of the generator for each point of the batch of data.
         average_decay: decay in [0, 1) of the moving average of the generator's weights; it is smaller in the first
             steps, so that the average forgets the initial weights.
@@ -453,13 +484,17 @@ class EGM(keras.Model):
 
     Raises:
         ValueError: for DDEs that are the same object, share their network or differ in ``noise_std``, a generator
-            whose output does not fit them, or ``dde_steps`` less than 1.
+            whose output does not fit them, networks whose shapes are not known yet, or other arguments out of range.
     """
 
     def __init__(
-        self, dde_real, dde_fake, generator, dde_steps=2, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
+        self, dde_real, dde_fake, generator, dde_steps=5, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
     ):
         super().__init__(**kwargs)
+        for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
+            if not isinstance(dde, DDE):
+                raise ValueError(f"{name} must be a DDE, got {dde!r}")
+        _check_network("generator", generator, num_inputs=1)
         if dde_real is dde_fake or dde_real.net is dde_fake.net:
             raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
         if dde_real.noise_std != dde_fake.noise_std:
@@ -471,15 +506,15 @@ class EGM(keras.Model):
         _check_positive_integer("latents_per_point", latents_per_point)
         if not _is_finite_number(average_decay) or not 0 <= average_decay < 1:
             raise ValueError(f"average_decay must be at least 0 and less than 1, got {average_decay!r}")
-        for name, part in (("dde_real", dde_real), ("dde_fake", dde_fake), ("generator", generator)):
-            if not part.built:
-                raise ValueError(f"{name} must be built: call it once on data of the right shape, or give it an Input")
+        for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
+            if _input_shape(net) is None:
+                raise ValueError(f"the shapes of {name} must be known: give its network a keras.Input, got {net!r}")
         for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
-            expected, given = _input_shape(dde.net)[1:], tuple(generator.output_shape[1:])
-            if expected != given:
+            expected, given = _input_shape(dde.net), generator.output_shape
+            if expected[1:] != tuple(given[1:]):
                 raise ValueError(
-                    f"the generator must return points of shape (batch, {', '.join(map(str, expected))}) "
-                    f"to fit {name}, got (batch, {', '.join(map(str, given))})"
+                    f"the generator must return points of shape {_format_shape(expected)} to fit {name}, "
+                    f"got {_format_shape(given)}"
                 )
         self.dde_real = dde_real
         self.dde_fake = dde_fake
@@ -684,9 +719,24 @@ def _per_event(values, x):
 
 
 def _input_shape(net):
-    """Shape of a network's points: its input, or the first of its inputs."""
-    shape = net.input_shape
-    return tuple(shape[0] if isinstance(shape, list) else shape)
+    """Shape (None, ...) of a network's points, its first input; None if it is not known yet."""
+    inputs = getattr(net, "inputs", None)
+    return tuple(inputs[0].shape) if inputs else None
+
+
+def _format_shape(shape):
+    return f"({', '.join(['batch', *map(str, shape[1:])])})"
+
+
+def _check_network(name, net, num_inputs):
+    """Check what a network is, and its numbers of inputs and outputs as far as they are known before it is called."""
+    if not isinstance(net, keras.Model):
+        raise ValueError(f"{name} must be a keras.Model, got {net!r}")
+    for kind, needed in (("inputs", num_inputs), ("outputs", 1)):
+        given = getattr(net, kind, None)
+        if given and len(given) != needed:
+            hint = " (x, or [x, log(noise_std)] for a range of levels)" if (name, kind) == ("net", "inputs") else ""
+            raise ValueError(f"{name} must have {needed} {kind[:-1]}(s){hint}; got {len(given)}")
 
 
 def _is_finite_number(value):
@@ -700,7 +750,8 @@ def _check_positive_integer(name, value):
 
 def _check_noise_std(noise_std):
     """Return noise_std as a float or a pair of floats, and as a pair (low, high)."""
-    levels = tuple(noise_std) if isinstance(noise_std, (tuple, list, np.ndarray)) else (noise_std, noise_std)
+    levels = tuple(noise_std) if isinstance(noise_std, (tuple, list, np.ndarray)) and np.ndim(noise_std) else None
+    levels = (noise_std, noise_std) if levels is None else levels
     is_range = levels[0:1] != levels[1:2]
     if len(levels) != 2 or not all(_is_finite_number(level) and level > 0 for level in levels) or levels[0] > levels[1]:
         raise ValueError(

@@ -51,12 +51,17 @@ def sample_2d_data(dataset, n_samples, rng=None):
         float32 array (n_samples, 2); the rows are independent and identically distributed.
 
     Raises:
-        ValueError: for an unknown ``dataset`` or an ``n_samples`` that is not an integer of at least 1.
+        ValueError: for an unknown ``dataset`` or an ``n_samples`` that is not an integer of at least 1,
+            or an ``rng`` that is none of the above.
     """
     sample, _ = _look_up(dataset)
     if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral) or n_samples < 1:
         raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
-    return sample(int(n_samples), np.random.default_rng(rng)).astype(np.float32)
+    try:
+        rng = np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise ValueError(f"rng must be a numpy.random.Generator, a seed of at least 0 or None, got {rng!r}") from None
+    return sample(int(n_samples), rng).astype(np.float32)
 
 
 def noisy_density_2d(dataset, points, noise_std):

@@ -104,7 +104,7 @@ def central_differences(function, x, step=1e-5):
 
 def level_differences(dde, x, log_noise_std, step=1e-5):
     """Derivative (batch, 1) of the log density along log(noise_std), by central differences."""
-    above, below = (dde.log_density(x, noise_std=tf.exp(log_noise_std + shift)) for shift in (step, -step))
+    above, below = (dde.net([x, log_noise_std + shift]) for shift in (step, -step))
     return np.asarray(above - below) / (2 * step)
 
 
@@ -782,13 +782,33 @@ def test_a_loaded_model_is_the_saved_one(kind, tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
-@pytest.mark.parametrize("make_model", [lambda: make_dde("images and range"), make_egm])
-def test_a_model_that_was_never_compiled_is_saved_too(make_model, tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("model_class", [DDE, EGM])
+def test_a_model_that_was_never_compiled_is_saved_with_its_options(model_class, tmp_path):
+    # Values that nobody would make a default.
+    if model_class is DDE:
+        options = {"dual_weight": 0.37, "seed": 12345}
+        model = DDE(image_net(True), (0.21, 0.34), **options)
+    else:
+        options = {"dde_steps": 7, "latents_per_point": 9, "average_decay": 0.123, "seed": 12345}
+        model = EGM(*egm_parts(), **options)
     model.save(tmp_path / "model.keras")
     loaded = load_without_warnings(tmp_path / "model.keras")
     assert not loaded.compiled
+    assert {name: getattr(loaded, name) for name in options} == options
+    assert [dde.noise_std for dde in ddes_of(loaded)] == [dde.noise_std for dde in ddes_of(model)]
     assert_equal_arrays(model.get_weights(), loaded.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3}),
+        (GaussianLogDensity, {"data_std": 1.3}),
+    ],
+)
+def test_layers_keep_their_options(layer, options):
+    copy = layer.from_config(layer(**options).get_config())
+    assert {name: getattr(copy, name) for name in options} == options
 
 
 def test_an_egm_of_trained_ddes_is_saved_with_their_optimizers(tmp_path):
@@ -1013,6 +1033,18 @@ def test_fourier_features_equal_their_formula():
     np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
+def test_fourier_features_of_a_level_are_blurred_by_its_noise():
+    layer = RandomFourierFeatures(num_features=6, scale=1.2, seed=3)
+    x, levels = normal(3, 2), np.array([0.1, 0.5, 1.5])
+    features = layer(x, np.log(levels, dtype=np.float32)[:, None]).numpy()
+    frequencies = layer.get_weights()[0]  # (2, 6)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    noise = levels[:, None, None] * np.linalg.norm(frequencies, axis=0)[:, None] * nodes  # (3, 6, 80), of the phase
+    phases = (x @ frequencies)[:, :, None] + noise
+    expected = [np.average(wave(phases), axis=-1, weights=weights) for wave in (np.sin, np.cos)]
+    np.testing.assert_allclose(features, np.concatenate([x, *expected], axis=1), atol=1e-5)
+
+
 def test_base_measure_is_a_normalised_gaussian():
     layer = GaussianLogDensity(data_std=1.5)
     x, levels = normal(4, 3), np.array([0.1, 0.5, 1.0, 3.0])
@@ -1062,6 +1094,8 @@ def test_bad_seeds_are_refused(seed):
         lambda: DDE(zero_net(2), 0.1, seed=seed),
         lambda: EGM(*egm_parts(), seed=seed),
         lambda: egm.sample(3, seed=seed),
+        lambda: build_energy_net(seed=seed),
+        lambda: build_generator(seed=seed),
     ):
         with pytest.raises(ValueError, match=r"seed must be None or an integer from 0") as caught:
             use()
@@ -1086,10 +1120,34 @@ def test_network_with_ten_outputs_is_refused():
 
 def test_network_that_does_not_fit_the_noise_is_refused():
     options = {"widths": (3,), "num_features": 2}
-    with pytest.raises(ValueError, match=r"must take 2 input\(s\), \[x, log\(noise_std\)\]; got one that takes 1"):
+    with pytest.raises(ValueError, match=r"must have 2 input\(s\).*log\(noise_std\).*got 1"):
         DDE(build_energy_net(noise_conditional=False, **options), (0.1, 1.0))
-    with pytest.raises(ValueError, match=r"must take 1 input\(s\), x; got one that takes 2"):
+    with pytest.raises(ValueError, match=r"must have 1 input\(s\).*got 2"):
         DDE(build_energy_net(noise_conditional=True, **options), 0.1)
+
+
+@pytest.mark.parametrize("net", [None, "net", np.square, make_dde], ids=repr)
+def test_networks_that_are_none_are_refused(net):
+    with pytest.raises(ValueError, match=r"net must be a keras\.Model, got"):
+        DDE(net, 0.1)
+    dde, other, generator = egm_parts()
+    with pytest.raises(ValueError, match=r"generator must be a keras\.Model, got"):
+        EGM(dde, other, net)
+    with pytest.raises(ValueError, match="dde_real must be a DDE, got"):
+        EGM(net, other, generator)
+    with pytest.raises(ValueError, match="dde_fake must be a DDE, got"):
+        EGM(dde, net, generator)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4), (3, 3, 1)], ids=repr)
+def test_points_of_another_shape_are_refused(shape):
+    dde = make_dde("fixed")
+    dde.compile(SGD(0.1), run_eagerly=True)
+    methods = [dde, dde.log_density, dde.score, dde.denoise]
+    methods += [lambda x: dde.fit(x, verbose=0), lambda x: dde.evaluate(x, verbose=0)] if len(shape) > 1 else []
+    for method in methods:
+        with pytest.raises(ValueError, match=r"shape \(batch, 3\), got \("):
+            method(np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize("noise_std", [0.1, 1.6, 0, -1, float("nan"), [0.3, 0.3, 9.0]], ids=repr)
@@ -1101,6 +1159,34 @@ def test_level_out_of_range_is_refused(noise_std):
         assert repr(noise_std) in str(caught.value)
     with pytest.raises(ValueError, match=r"within \[0\.4, 0\.4\].*got 0\.5"):
         make_dde("fixed").score(normal(3, 3), noise_std=0.5)
+
+
+@pytest.mark.parametrize("noise_std", [[0.3, 0.5], [[0.3, 0.5, 0.7]]], ids=repr)
+def test_levels_that_do_not_fit_the_points_are_refused(noise_std):
+    dde = make_dde("range")
+    for method in (dde, dde.log_density, dde.score, dde.denoise):
+        with pytest.raises(ValueError, match=r"noise_std must be a number or one a point, \(3,\); got shape "):
+            method(normal(3, 3), noise_std=np.array(noise_std))
+
+
+@pytest.mark.parametrize("name", ["dim", "num_features", "latent_dim", "widths"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None], ids=repr)
+def test_bad_sizes_of_networks_are_refused(name, value):
+    for build in (build_generator,) if name == "latent_dim" else (build_energy_net, build_generator):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got") as caught:
+            build(**{name: (4, value) if name == "widths" else value})
+        assert repr(value) in str(caught.value)
+        with pytest.raises(ValueError, match="widths must be a sequence of integers, got 4"):
+            build(widths=4)
+
+
+@pytest.mark.parametrize("name", ["feature_scale", "data_std"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None], ids=repr)
+def test_bad_scales_of_networks_are_refused(name, value):
+    for build in (build_energy_net, build_generator):
+        with pytest.raises(ValueError, match=f"{name} must be a positive finite number, got") as caught:
+            build(**{name: value})
+        assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["dde_steps", "latents_per_point"])
@@ -1140,7 +1226,7 @@ def test_ddes_that_do_not_fit_each_other_are_refused():
         EGM(dde, dde, generator)
     with pytest.raises(ValueError, match="two DDEs with a network each, got one used twice"):
         EGM(dde, DDE(dde.net, 0.1), generator)
-    with pytest.raises(ValueError, match="dde_fake must be built"):
+    with pytest.raises(ValueError, match="shapes of dde_fake must be known"):
         EGM(dde, DDE(keras.Sequential([keras.layers.Dense(1)]), 0.1), generator)
-    with pytest.raises(ValueError, match="generator must be built"):
+    with pytest.raises(ValueError, match="shapes of generator must be known"):
         EGM(dde, other, keras.Sequential([keras.layers.Dense(2)]))
