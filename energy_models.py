@@ -386,7 +386,7 @@ class DDE(keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         loss = _descend(
             self.optimizer,
-            self.trainable_variables,
+            self,
             lambda: self.denoising_loss(self._as_points(x), _key(self.seed, _TRAIN, self.optimizer.iterations)),
         )
         self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
@@ -436,6 +436,7 @@ class DDE(keras.Model):
 
     def _evaluate(self, x, log_noise_std):
         log_density = self.net([x, log_noise_std] if self.noise_conditional else x)
+        self.built = True  # training does not pass through __call__, which would set it
         _check_scalar_output(log_density.shape)
         return log_density
 
@@ -599,22 +600,20 @@ class EGM(keras.Model):
 
         latent_key, noise_key = _keys(self.seed, _GENERATOR, self.gen_optimizer.iterations)
         z = self._draw_latents(self.latents_per_point * batch_size, latent_key)
-        gen_loss = _descend(
-            self.gen_optimizer, self.generator.trainable_variables, lambda: self.generator_loss(z, noise_key)
-        )
+        gen_loss = _descend(self.gen_optimizer, self.generator, lambda: self.generator_loss(z, noise_key))
         self._average_weights()
         for _ in range(self.dde_steps):
             key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
             loss_dde_real = _descend(
                 self.dde_real_optimizer,
-                self.dde_real.trainable_variables,
+                self.dde_real,
                 lambda key=key: self.dde_real.denoising_loss(x, key),
             )
             latent_key, noise_key = _keys(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
             y = self.generator(self._draw_latents(batch_size, latent_key))
             loss_dde_fake = _descend(
                 self.dde_fake_optimizer,
-                self.dde_fake.trainable_variables,
+                self.dde_fake,
                 lambda y=y, key=noise_key: self.dde_fake.denoising_loss(y, key),
             )
             self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
@@ -680,12 +679,13 @@ class EGM(keras.Model):
 _SAMPLES_PER_CHUNK = 2**16
 
 
-def _descend(optimizer, variables, loss):
-    """Take one optimizer step down ``loss()`` in ``variables``; return its value before the step."""
+def _descend(optimizer, network, loss):
+    """Take one optimizer step down ``loss()`` in the network's weights; return its value before the step."""
     with tf.GradientTape() as tape:
         value = loss()
         # Gradients are summed over replicas.
         scaled = value / tf.distribute.get_strategy().num_replicas_in_sync
+    variables = network.trainable_variables  # read here: the loss is what builds a network without an Input
     optimizer.apply(tape.gradient(scaled, variables), variables)
     return value
 
@@ -750,16 +750,15 @@ def _check_positive_integer(name, value):
 
 def _check_noise_std(noise_std):
     """Return noise_std as a float or a pair of floats, and as a pair (low, high)."""
-    levels = tuple(noise_std) if isinstance(noise_std, (tuple, list, np.ndarray)) and np.ndim(noise_std) else None
-    levels = (noise_std, noise_std) if levels is None else levels
-    is_range = levels[0:1] != levels[1:2]
-    if len(levels) != 2 or not all(_is_finite_number(level) and level > 0 for level in levels) or levels[0] > levels[1]:
+    is_pair = np.ndim(noise_std) == 1 and len(noise_std) == 2
+    low, high = noise_std if is_pair else (noise_std, noise_std)
+    if not all(_is_finite_number(level) and level > 0 for level in (low, high)) or (is_pair and low >= high):
         raise ValueError(
             "noise_std must be a positive finite number, or a pair (low, high) of such with low < high; "
             f"got {noise_std!r}"
         )
-    levels = (float(levels[0]), float(levels[1]))
-    return (levels if is_range else levels[0]), levels
+    low, high = float(low), float(high)
+    return ((low, high) if is_pair else low), (low, high)
 
 
 def _check_seed(seed):

@@ -1230,3 +1230,21 @@ def test_ddes_that_do_not_fit_each_other_are_refused():
         EGM(dde, DDE(keras.Sequential([keras.layers.Dense(1)]), 0.1), generator)
     with pytest.raises(ValueError, match="shapes of generator must be known"):
         EGM(dde, other, keras.Sequential([keras.layers.Dense(2)]))
+
+
+def test_network_without_an_input_is_built_by_training(tmp_path):
+    net = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(1, use_bias=False)])
+    dde = DDE(net, 0.5, seed=0)
+    dde.compile(Adam(1e-2))
+    dde.fit(normal(256, 2), batch_size=32, epochs=1, verbose=0)
+    assert int(dde.optimizer.iterations) == 8
+    dde.save(tmp_path / "dde.keras")
+    loaded = keras.saving.load_model(tmp_path / "dde.keras")
+    x = normal(5, 2, seed=1)
+    np.testing.assert_array_equal(loaded.log_density(x), dde.log_density(x))
+
+
+@pytest.mark.parametrize("noise_std", [(0.2, 0.2), np.ones((2, 2)), np.array(0.1), (0.1,)], ids=repr)
+def test_noise_that_is_neither_a_number_nor_a_range_is_refused(noise_std):
+    with pytest.raises(ValueError, match="noise_std must be a positive finite number, or a pair"):
+        DDE(build_energy_net(), noise_std)
