@@ -143,8 +143,7 @@ def build_energy_net(
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
     if noise_conditional:
         hidden = keras.layers.Concatenate()([hidden, log_noise_std])
-    for width in widths:
-        hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
+    hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     # A bias here would be the log density's free constant: it has no gradient.
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers))(hidden)
     log_density = keras.layers.Add()([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
@@ -192,8 +191,7 @@ def build_generator(
     initializers = _initializers("he_normal" if activation == "relu" else "glorot_uniform", seed)
     z = keras.Input((latent_dim,), name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
-    for width in widths:
-        hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
+    hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     if latent_dim == dim:
         small = keras.initializers.VarianceScaling(0.01, seed=seed)
         correction = keras.layers.Dense(dim, kernel_initializer=small)(hidden)
@@ -211,6 +209,12 @@ def _check_sizes_and_scales(sizes, widths, scales):
     for name, scale in scales.items():
         if not _is_finite_number(scale) or scale <= 0:
             raise ValueError(f"{name} must be a positive finite number, got {scale!r}")
+
+
+def _stack_dense_layers(hidden, widths, activation, initializers):
+    for width in widths:
+        hidden = keras.layers.Dense(width, activation, kernel_initializer=next(initializers))(hidden)
+    return hidden
 
 
 def _initializers(name, seed):
@@ -415,9 +419,11 @@ class DDE(keras.Model):
 
     def _as_points(self, x):
         x = keras.ops.convert_to_tensor(x, dtype=self.compute_dtype)
-        expected = _input_shape(self.net) or (None, None)
-        if x.shape.rank == 0 or (_input_shape(self.net) and not x.shape[1:].is_compatible_with(expected[1:])):
-            raise ValueError(f"points must have shape {_format_shape(expected)}, got {tuple(x.shape)}")
+        expected = _input_shape(self.net)
+        if x.shape.rank == 0 or (expected and not x.shape[1:].is_compatible_with(expected[1:])):
+            raise ValueError(
+                f"points must have shape {_format_shape(expected or ('batch', '...'))}, got {tuple(x.shape)}"
+            )
         return x
 
     def _log_noise_std(self, x, noise_std):
