@@ -13,6 +13,7 @@ from keras.optimizers import SGD, Adam, RMSprop
 from keras.optimizers.schedules import CosineDecay
 from scipy import stats
 
+import energy_models
 from energy_models import DDE, EGM, GaussianLogDensity, RandomFourierFeatures, build_energy_net, build_generator
 
 KEY = tf.constant([3, 5], tf.int32)
@@ -230,20 +231,103 @@ def test_noise_is_a_function_of_the_key(kind):
         assert not np.isin(first[2], other[2]).any()
 
 
+def test_level_does_not_depend_on_the_place_in_the_batch():
+    dde = make_dde("range")
+    x = tf.zeros((4, 3))
+    levels = np.array([dde.add_noise(x, tf.constant([3, i], tf.int32))[2][:, 0] for i in range(500)])  # (draws, 4)
+    low, high = np.log(NOISE["range"])
+    for place in levels.T:
+        assert stats.kstest(place, stats.uniform(low, high - low).cdf).pvalue > 1e-3
+    # Stratified: one level in each quarter of the range.
+    np.testing.assert_allclose(np.diff(np.sort(levels, axis=1), axis=1), (high - low) / 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sources_per_block", [3, 4, 8, 512])
 @pytest.mark.parametrize("kind", DDE_KINDS)
 @pytest.mark.parametrize("dual_weight", [0.0, 0.7])
-def test_loss_equals_its_formula(kind, dual_weight, double_precision):
+def test_loss_equals_its_formula(kind, dual_weight, sources_per_block, double_precision, monkeypatch):
+    # Each of 8 points meets its own noise and, in the term that involves the network, the mean of all that it may have
+    # had: by Bayes' rule over the points of its block.
+    monkeypatch.setattr(energy_models, "_SOURCES_PER_BLOCK", sources_per_block)
     dde = make_dde(kind, dual_weight=dual_weight)
-    x = tf.constant(points_for(dde, 8), tf.float64)
+    x = tf.constant(5 + points_for(dde, 8), tf.float64)
     noisy_x, noise, log_noise_std = (tensor.numpy() for tensor in dde.add_noise(x, KEY))
     score = central_differences(lambda y: dde.log_density(y, noise_std=tf.exp(log_noise_std)), noisy_x)
     dim = noise[0].size
     noise, score, noise_std = noise.reshape(8, dim), score.reshape(8, dim), np.exp(log_noise_std)
-    expected = np.mean(((noise_std * score + noise) ** 2).sum(axis=1) / dim)
-    if dde.noise_conditional:
-        residual = level_differences(dde, noisy_x, log_noise_std)[:, 0] - ((noise**2).sum(axis=1) - dim)
-        expected += dual_weight * np.mean(residual**2 / (2 * dim))
+    level_derivative = level_differences(dde, noisy_x, log_noise_std)[:, 0] if dde.noise_conditional else None
+    expected = 0
+    for i in range(8):
+        block = range(i - i % sources_per_block, min(8, i - i % sources_per_block + sources_per_block))
+        candidates = [(noisy_x[i] - x[j].numpy()).ravel() / noise_std[i] for j in block]
+        probabilities = np.array([stats.norm.pdf(candidate).prod() for candidate in candidates])
+        probabilities /= probabilities.sum()
+        mean_noise = np.einsum("j,jd->d", probabilities, candidates)
+        mean_target = np.einsum("j,jd->", probabilities, np.square(candidates)) - dim
+        estimate, target = noise_std[i] * score[i], np.sum(noise[i] ** 2) - dim
+        expected += np.sum(estimate**2 + 2 * estimate * mean_noise + noise[i] ** 2) / dim / 8
+        if dde.noise_conditional:
+            square = level_derivative[i] ** 2 - 2 * level_derivative[i] * mean_target + target**2
+            expected += dual_weight * square / (2 * dim) / 8
     np.testing.assert_allclose(dde.denoising_loss(x, KEY), expected, rtol=1e-7)
+
+
+def average_over_sources(x, noisy_x, noise_std):
+    """Average the noise of points on a line, and its square; all arguments (n,)."""
+    noise = (noisy_x - x) / noise_std
+    mean_noise, square, mean_square = energy_models._average_over_sources(
+        *(tf.constant(column[:, None]) for column in (x, noisy_x, noise, np.log(noise_std)))
+    )
+    np.testing.assert_allclose(square[:, 0], noise**2)
+    return mean_noise.numpy()[:, 0], mean_square.numpy()[:, 0]
+
+
+def test_averaging_over_sources_leaves_the_expected_gradient_as_it_is(monkeypatch):
+    # For four fixed points, integrate over the noise of each by quadrature: noise and squared noise, which the network's
+    # derivatives are multiplied with, may be averaged over the sources under any function of the noisy point.
+    x, noise_std, y = np.array([0.0, 0.3, 0.5, 2.0]), 0.4, np.linspace(-4, 6, 4001)
+    monkeypatch.setattr(energy_models, "_SOURCES_PER_BLOCK", len(x))
+    functions = np.stack([np.sin(3 * y), y, np.cos(2 * y)])  # (function, len(y))
+    own, averaged = 0, 0
+    for i in range(len(x)):
+        batches = np.tile(x, (len(y), 1))
+        batches[:, i] = y
+        means = average_over_sources(np.tile(x, len(y)), batches.ravel(), np.full(batches.size, noise_std))
+        noise = (y - x[i]) / noise_std
+        density = stats.norm.pdf(noise) / noise_std * (y[1] - y[0])
+        own += functions * density @ np.stack([noise, noise**2], axis=1)
+        averaged += functions * density @ np.stack([mean[i :: len(x)] for mean in means], axis=1)
+    assert np.abs(own).min() > 0.05
+    np.testing.assert_allclose(averaged, own, rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise_std", [0.1, 0.5, 2.0])
+def test_averages_over_sources_keep_only_what_is_known_of_the_noise(noise_std):
+    # Of points N(0, 1): the noise given y is N(s y / (1 + s^2), 1 / (1 + s^2)), so with r = s^2 / (1 + s^2) its mean has
+    # the variance r, and the mean of its square 2 r^2; the noise itself has 1, its square 2.
+    x, noise = normal(2, 2000).astype(np.float64)
+    y = x + noise_std * noise
+    mean_noise, mean_square = average_over_sources(x, y, np.full(2000, noise_std))
+    r = noise_std**2 / (1 + noise_std**2)
+    np.testing.assert_allclose(mean_noise.var(), r, atol=0.06)
+    np.testing.assert_allclose(mean_square.var(), 2 * r**2, atol=0.15)
+    assert abs(np.mean(mean_noise - noise_std * y / (1 + noise_std**2))) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_averages_keep_their_meaning_where_rounding_would_swamp_them(dtype):
+    # Two far points and noise so small that their squared distances, as exponents, are beyond the digits of float32.
+    x = np.array([-300, -300 + 1e-4, 300, 300.5], dtype)
+    noise = np.array([0.5, -1.0, 2.0, 0.1], dtype)
+    noise_std = np.full(4, 1e-3, dtype)
+    mean_noise, _, mean_square = (
+        result.numpy()[:, 0]
+        for result in energy_models._average_over_sources(
+            *(tf.constant(column[:, None]) for column in (x, x + noise_std * noise, noise, np.log(noise_std)))
+        )
+    )
+    np.testing.assert_allclose(mean_noise[2:], noise[2:], atol=1e-3)
+    np.testing.assert_allclose(mean_square[2:], noise[2:] ** 2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["range", "images and range"])
