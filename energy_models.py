@@ -18,8 +18,10 @@ import tensorflow as tf
 _PACKAGE = "egm_dde"
 
 # Every draw is counter-based: a pure function of (seed, purpose, step, replica), so that a resumed run repeats
-# exactly the draws of an uninterrupted one. The purposes keep streams of one step apart.
+# exactly the draws of an uninterrupted one. Each purpose and step has a stream of random numbers of its own ...
 _TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE = range(6)
+# ... and these are places in a stream, too far apart to overlap.
+_NOISE, _LEVELS, _LATENTS = (part << 61 for part in range(3))
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -56,11 +58,11 @@ class RandomFourierFeatures(keras.layers.Layer):
 
     def call(self, x, log_noise_std=None):
         phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
-        waves = [keras.ops.sin(phases), keras.ops.cos(phases)]
+        decay = None
         if log_noise_std is not None:
             squared_frequencies = keras.ops.sum(keras.ops.square(self.frequencies), axis=0)  # (num_features,)
-            damping = keras.ops.exp(-0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies)
-            waves = [damping * wave for wave in waves]
+            decay = 0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies
+        waves = _damped_waves(phases, decay)
         return keras.ops.concatenate([x, *waves], axis=-1)
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
@@ -328,19 +330,18 @@ class DDE(keras.Model):
 
         Args:
             x: clean points (batch, *event).
-            key: int32 tensor (2,), the key of the draw.
+            key: uint64 tensor (2,), the seed and the stream of the draw.
 
         Returns:
             noisy_x (batch, *event), noise (batch, *event) in noise units, and log_noise_std (batch, 1).
         """
-        noise_key, level_key = tf.unstack(tf.random.experimental.stateless_split(key, 2, alg="philox"))
-        noise = tf.random.stateless_normal(tf.shape(x), noise_key, dtype=x.dtype, alg="philox")
+        noise = _draw_normal(tf.shape(x), key, _NOISE, x.dtype)
         batch_size = tf.shape(x)[0]
         low, high = (math.log(level) for level in self.noise_range)
         if self.noise_conditional:
             # Stratified: one level in each of batch_size equal parts of the range, for less variance. The parts are
             # shifted around by a random offset, so that the level does not depend on the place in the batch.
-            offset = tf.random.stateless_uniform([], level_key, dtype=x.dtype, alg="philox")
+            offset = _draw_uniform([], key, _LEVELS, x.dtype)
             steps = tf.range(batch_size, dtype=x.dtype) / tf.cast(batch_size, x.dtype)
             log_noise_std = low + (high - low) * tf.math.floormod(steps + offset, 1.0)[:, None]
         else:
@@ -352,7 +353,7 @@ class DDE(keras.Model):
 
         Args:
             x: clean points (batch, *event).
-            key: int32 tensor (2,), the key of the noise.
+            key: uint64 tensor (2,), the seed and the stream of the noise.
 
         Returns:
             Scalar tensor; its minimum is reached where the network is the log density of the noisy data.
@@ -592,7 +593,7 @@ class EGM(keras.Model):
 
         Args:
             z: latents (batch, *latent).
-            key: int32 tensor (2,), the key of the noise.
+            key: uint64 tensor (2,), the seed and the stream of the noise.
 
         Returns:
             Scalar tensor, differentiable in the generator's weights.
@@ -606,9 +607,9 @@ class EGM(keras.Model):
         x = self.dde_real._as_points(x)
         batch_size = tf.shape(x)[0]
 
-        latent_key, noise_key = _keys(self.seed, _GENERATOR, self.gen_optimizer.iterations)
-        z = self._draw_latents(self.latents_per_point * batch_size, latent_key)
-        gen_loss = _descend(self.gen_optimizer, self.generator, lambda: self.generator_loss(z, noise_key))
+        key = _key(self.seed, _GENERATOR, self.gen_optimizer.iterations)
+        z = self._draw_latents(self.latents_per_point * batch_size, key)
+        gen_loss = _descend(self.gen_optimizer, self.generator, lambda: self.generator_loss(z, key))
         self._average_weights()
         for _ in range(self.dde_steps):
             key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
@@ -617,12 +618,12 @@ class EGM(keras.Model):
                 self.dde_real,
                 lambda key=key: self.dde_real.denoising_loss(x, key),
             )
-            latent_key, noise_key = _keys(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
-            y = self.generator(self._draw_latents(batch_size, latent_key))
+            key = _key(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
+            y = self.generator(self._draw_latents(batch_size, key))
             loss_dde_fake = _descend(
                 self.dde_fake_optimizer,
                 self.dde_fake,
-                lambda y=y, key=noise_key: self.dde_fake.denoising_loss(y, key),
+                lambda y=y, key=key: self.dde_fake.denoising_loss(y, key),
             )
             self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
             self.loss_dde_fake_tracker.update_state(loss_dde_fake, sample_weight=batch_size)
@@ -633,14 +634,14 @@ class EGM(keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         x = self.dde_real._as_points(x)
         batch_size = tf.shape(x)[0]
-        latent_key, noise_key = _keys(self.seed, _EVALUATE, self.gen_loss_tracker.count)
-        z = self._draw_latents(batch_size, latent_key)
-        self.gen_loss_tracker.update_state(self.generator_loss(z, noise_key), sample_weight=batch_size)
+        key = _key(self.seed, _EVALUATE, self.gen_loss_tracker.count)
+        z = self._draw_latents(batch_size, key)
+        self.gen_loss_tracker.update_state(self.generator_loss(z, key), sample_weight=batch_size)
         for tracker, dde, points in (
             (self.loss_dde_real_tracker, self.dde_real, x),
             (self.loss_dde_fake_tracker, self.dde_fake, self.generator(z)),
         ):
-            tracker.update_state(dde.denoising_loss(points, noise_key), sample_weight=batch_size)
+            tracker.update_state(dde.denoising_loss(points, key), sample_weight=batch_size)
         return self.get_metrics_result()
 
     def get_config(self):
@@ -678,7 +679,7 @@ class EGM(keras.Model):
             average.assign(variable + tf.cast(decay, variable.dtype) * (average - variable))
 
     def _draw_latents(self, batch_size, key):
-        return tf.random.stateless_normal((batch_size, *self.latent_shape), key, dtype=self.compute_dtype, alg="philox")
+        return _draw_normal((batch_size, *self.latent_shape), key, _LATENTS, self.compute_dtype)
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -699,6 +700,31 @@ def _descend(optimizer, network, loss):
     variables = network.trainable_variables  # read here: the loss is what builds a network without an Input
     optimizer.apply(tape.gradient(scaled, variables), variables)
     return value
+
+
+def _damped_waves(phases, decay=None):
+    """Sine and cosine of the phases, times exp(-decay): functions whose derivatives of any order are each other.
+
+    TensorFlow does not know that: it computes sines, cosines and exponentials anew in every derivative, which takes a
+    tenth of a training step.
+    """
+    inputs = [phases] if decay is None else [phases, decay]
+    sine, cosine = tf.sin(tf.stop_gradient(phases)), tf.cos(tf.stop_gradient(phases))
+    if decay is not None:
+        damping = tf.exp(-tf.stop_gradient(decay))
+        sine, cosine = damping * sine, damping * cosine
+
+    @tf.custom_gradient
+    def depend_on(*inputs):
+        def differentiate(sine_gradient, cosine_gradient):
+            sine, cosine = depend_on(*inputs)
+            along_phases = sine_gradient * cosine - cosine_gradient * sine
+            along_decay = -(sine_gradient * sine + cosine_gradient * cosine)
+            return [along_phases, along_decay][: len(inputs)]
+
+        return (tf.identity(sine), tf.identity(cosine)), differentiate
+
+    return depend_on(*inputs)
 
 
 def _expected_square(estimate, target, mean_target):
@@ -767,16 +793,28 @@ def _copy_network(net):
 
 
 def _key(seed, purpose, step):
-    """Key of a draw: int32 (2,), another one for each purpose, step and replica."""
-    key = tf.constant([seed, purpose], tf.int32)
-    for number in (step, tf.distribute.get_replica_context().replica_id_in_sync_group):
-        # Named, because the default algorithm is another one under jit_compile.
-        key = tf.random.experimental.stateless_fold_in(key, tf.cast(number, tf.int32), alg="philox")
-    return key
+    """Key of a draw, uint64 (2,): the seed, and the number of a stream of its own for purpose, step and replica."""
+    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    stream = 2**56 * purpose + 2**40 * tf.cast(replica, tf.int64) + tf.cast(step, tf.int64)
+    return tf.cast(tf.stack([tf.constant(seed, tf.int64), stream]), tf.uint64)
 
 
-def _keys(seed, purpose, step):
-    return tf.unstack(tf.random.experimental.stateless_split(_key(seed, purpose, step), 2, alg="philox"))
+# The raw operations take seed and counter as they are. tf.random.stateless_normal hashes them first, with dozens of
+# small operations that take a tenth of a training step, and could let two streams collide.
+
+
+def _draw_normal(shape, key, place, dtype):
+    return tf.raw_ops.StatelessRandomNormalV2(**_counter(key, place), shape=shape, dtype=dtype)
+
+
+def _draw_uniform(shape, key, place, dtype):
+    return tf.raw_ops.StatelessRandomUniformV2(**_counter(key, place), shape=shape, dtype=dtype)
+
+
+def _counter(key, place):
+    seed, stream = tf.unstack(key)
+    counter = tf.stack([tf.constant(place, tf.uint64), stream])
+    return {"key": seed[None], "counter": counter, "alg": tf.random.Algorithm.PHILOX.value}
 
 
 def _per_event(values, x):

@@ -16,8 +16,8 @@ from scipy import stats
 import energy_models
 from energy_models import DDE, EGM, GaussianLogDensity, RandomFourierFeatures, build_energy_net, build_generator
 
-KEY = tf.constant([3, 5], tf.int32)
-OTHER_KEY = tf.constant([3, 6], tf.int32)
+KEY = tf.constant([3, 5], tf.uint64)
+OTHER_KEY = tf.constant([3, 6], tf.uint64)
 NOISE = {"fixed": 0.4, "range": (0.2, 1.5)}
 DDE_KINDS = ["fixed", "range", "images", "images and range"]
 
@@ -234,7 +234,7 @@ def test_noise_is_a_function_of_the_key(kind):
 def test_level_does_not_depend_on_the_place_in_the_batch():
     dde = make_dde("range")
     x = tf.zeros((4, 3))
-    levels = np.array([dde.add_noise(x, tf.constant([3, i], tf.int32))[2][:, 0] for i in range(500)])  # (draws, 4)
+    levels = np.array([dde.add_noise(x, tf.constant([3, i], tf.uint64))[2][:, 0] for i in range(500)])  # (draws, 4)
     low, high = np.log(NOISE["range"])
     for place in levels.T:
         assert stats.kstest(place, stats.uniform(low, high - low).cdf).pvalue > 1e-3
@@ -283,8 +283,8 @@ def average_over_sources(x, noisy_x, noise_std):
 
 
 def test_averaging_over_sources_leaves_the_expected_gradient_as_it_is(monkeypatch):
-    # For four fixed points, integrate over the noise of each by quadrature: noise and squared noise, which the network's
-    # derivatives are multiplied with, may be averaged over the sources under any function of the noisy point.
+    # For four fixed points, integrate over the noise of each by quadrature: noise and squared noise, which the
+    # network's derivatives meet, may be averaged over the sources under any function of the noisy point.
     x, noise_std, y = np.array([0.0, 0.3, 0.5, 2.0]), 0.4, np.linspace(-4, 6, 4001)
     monkeypatch.setattr(energy_models, "_SOURCES_PER_BLOCK", len(x))
     functions = np.stack([np.sin(3 * y), y, np.cos(2 * y)])  # (function, len(y))
@@ -303,8 +303,8 @@ def test_averaging_over_sources_leaves_the_expected_gradient_as_it_is(monkeypatc
 
 @pytest.mark.parametrize("noise_std", [0.1, 0.5, 2.0])
 def test_averages_over_sources_keep_only_what_is_known_of_the_noise(noise_std):
-    # Of points N(0, 1): the noise given y is N(s y / (1 + s^2), 1 / (1 + s^2)), so with r = s^2 / (1 + s^2) its mean has
-    # the variance r, and the mean of its square 2 r^2; the noise itself has 1, its square 2.
+    # Of points N(0, 1): the noise given y is N(s y / (1 + s^2), 1 / (1 + s^2)), so with r = s^2 / (1 + s^2) its mean
+    # has the variance r, and the mean of its square 2 r^2; the noise itself has 1, its square 2.
     x, noise = normal(2, 2000).astype(np.float64)
     y = x + noise_std * noise
     mean_noise, mean_square = average_over_sources(x, y, np.full(2000, noise_std))
