@@ -3,9 +3,10 @@ PYTHON ?= python3
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+INSTALLED_PEERS := $(VENV)/.installed-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test test-slow lint format clean
+.PHONY: help tutorial models benchmark test test-slow lint format clean
 
 help: ## List the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +17,16 @@ help: ## List the targets
 # make tutorial DATASET=rings SEED=1 EPOCHS=50 OUTPUT_DIR=rings_images
 tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
 	$(VENV)/bin/python execute_notebook.py egm_dde.ipynb
+
+models: $(INSTALLED) ## Train the ready-made models in example_models/ (six minutes)
+	$(VENV)/bin/python train_models.py
+
+# Some of them only: make benchmark BENCHMARKS="step_time scaling"
+BENCHMARKS ?= step_time scaling quality time_to_quality
+benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (hours; settings: BENCHMARKS)
+	@set -e; for name in $(BENCHMARKS); do \
+	    echo "benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py; \
+	done
 
 # --- Checks ---
 
@@ -49,4 +60,8 @@ $(VENV)/bin/pip:
 $(INSTALLED): requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/python -m pip install --disable-pip-version-check \
 	    -r requirements.txt -r tests/requirements.txt -c constraints.txt
+	@touch $@
+
+$(INSTALLED_PEERS): benchmarks/requirements.txt $(INSTALLED)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
 	@touch $@

@@ -242,6 +242,11 @@ class DDE(keras.Model):
     "learned nothing"; the unavoidable part is 1 - noise_std^2 * J / d, with J = E ||grad log p~||^2 the Fisher
     information of p~.
 
+    The noise is one guess at where y came from; other points of the batch may have been its source, too. What meets
+    the network is the average of the noise over all of them, weighted by their probability: the loss has the same
+    expectation, but its gradient scatters less (Rao-Blackwell; such targets are from arXiv:2302.00670). It helps most
+    where noise blurs points of a batch into each other, so prefer large batches.
+
     With a range ``noise_std=(low, high)`` one network covers all levels: noise_std is drawn log-uniformly for each
     point, and dual score matching (arXiv:2506.05310) also fits the derivative along the noise level,
 
@@ -736,10 +741,11 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
     """Average the noise over all points of the batch that a noisy point may have come from, not its own alone.
 
     Seen from y = noisy_x_i, point x_j is the source with probability w_ij, proportional to
-    exp(-||y - x_j||^2 / (2 noise_std_i^2)), and the noise was (y - x_j) / noise_std_i. For batches of points and the
-    noise together, replacing a target by this average changes the expected gradient of the loss by nothing
-    (Rao-Blackwell) and lowers its variance: the more, the larger the noise. (arXiv:2302.00670 introduces such
-    targets.) The average is attention over the batch: it takes two matrix products and a softmax.
+    exp(-||y - x_j||^2 / (2 noise_std_i^2)), and the noise was (y - x_j) / noise_std_i. It is attention over the batch:
+    two matrix products and a softmax.
+
+    In expectation over the noise, the sum over a batch of these averages times any function of y is that of the noise
+    itself: sum_i N(y; x_i) sum_j w_j n_j = sum_j N(y; x_j) n_j. So the gradient of the loss keeps its expectation.
 
     Args:
         x: clean points (batch, *event).

@@ -141,3 +141,33 @@ def test_model_of_the_short_run_loads(short_run):
     log_density, score = egm.dde_real(samples)
     assert log_density.shape == (100, 1)
     assert score.shape == (100, 2)
+
+
+def test_the_notebook_and_the_ready_trained_models_have_one_recipe(short_run):
+    import keras
+
+    import train_models
+
+    trained = keras.saving.load_model(short_run / "rings_images" / "egm.keras")
+    recipe = train_models.build_egm(seed=3, epochs=2)
+    assert without_names(trained.get_config()) == without_names(recipe.get_config())
+    assert without_names(trained.get_compile_config()) == without_names(recipe.get_compile_config())
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    source = "\n".join(cell.source for cell in code_cells(kept))
+    for line in (
+        f"BATCH_SIZE = {train_models.BATCH_SIZE}",
+        f"STEPS_PER_EPOCH = {train_models.STEPS_PER_EPOCH}",
+        f'os.environ.get("EPOCHS", "{train_models.EPOCHS}")',
+        f"sample_2d_data(DATASET, {train_models.NUM_POINTS:_}, rng)",
+    ):
+        assert line in source
+
+
+def without_names(config):
+    """Drop the names of networks and layers, which Keras numbers through."""
+    if isinstance(config, dict):
+        dropped = {"name", "module", "registered_name", "input_layers", "output_layers", "inbound_nodes"}
+        return {key: without_names(value) for key, value in config.items() if key not in dropped}
+    if isinstance(config, (list, tuple)):
+        return [without_names(value) for value in config]
+    return config

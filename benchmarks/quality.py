@@ -1,0 +1,100 @@
+"""Quality of the recipe on every data set over several seeds: the results tables of both READMEs.
+
+Every run trains the model that the notebook trains, with other weights, data, noise and latents for every seed, and is
+measured against the exact density. No run is left out. Each is added to ``quality.csv`` as it ends.
+
+    python benchmarks/quality.py [--seeds 3] [--datasets rings ...]
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import report
+
+import evaluation
+import train_models
+from utils import DATASETS
+
+COLUMNS = {  # name in the table: (name in results_row, digits)
+    "Real DDE: TV": ("density_tv", 3),
+    "KL (nats)": ("density_kl", 4),
+    "Generator: TV": ("generator_tv", 3),
+    "(floor)": ("generator_tv_floor", 3),
+    "Sliced W1": ("sliced_wasserstein", 4),
+    "(its floor)": ("sliced_wasserstein_floor", 4),
+    "Times floor": ("sliced_wasserstein_ratio", 2),
+    "Smallest mode share": ("smallest_mode_share", 4),
+    "Largest": ("largest_mode_share", 4),
+    "Outside": ("outside_support", 5),
+    "Training (s)": ("seconds", 0),
+}
+
+
+def run(dataset, seed):
+    """Train and evaluate once; return a dict of numbers."""
+    start = time.perf_counter()
+    model = train_models.train_egm(dataset, seed)
+    seconds = time.perf_counter() - start
+    row = evaluation.results_row(
+        model.dde_real.log_density, model.sample, dataset, train_models.NOISE_RANGE[0], rng=seed
+    )
+    ratio = row["sliced_wasserstein"] / row["sliced_wasserstein_floor"]
+    return {"dataset": dataset, "seed": seed, "seconds": seconds, **row, "sliced_wasserstein_ratio": ratio}
+
+
+def summarise(rows, name, digits):
+    """Return "mean (smallest to largest)" of a column."""
+    values = np.array([float(row[name]) for row in rows])
+    if np.isnan(values).any():
+        return ""
+    mean, low, high = (f"{value:.{digits}f}" for value in (values.mean(), values.min(), values.max()))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def write_results(rows):
+    """Write the tables: transposed, as the numbers with their ranges are wide."""
+    by_dataset = {dataset: [row for row in rows if row["dataset"] == dataset] for dataset in DATASETS}
+    by_dataset = {dataset: its_rows for dataset, its_rows in by_dataset.items() if its_rows}
+    table = report.make_table(
+        ["", *(f"`{dataset}`" for dataset in by_dataset)],
+        [
+            [column, *(summarise(its_rows, name, digits) for its_rows in by_dataset.values())]
+            for column, (name, digits) in COLUMNS.items()
+        ],
+    )
+    counts = ", ".join(f"{dataset} {len(its_rows)}" for dataset, its_rows in by_dataset.items())
+    text = f"{table}\n\nMean (smallest to largest) over the seeds; number of runs: {counts}.\n\n"
+    text += report.describe_run(["tensorflow", "keras", "numpy"])
+    report.write_section("quality", text)
+
+
+def main():
+    """Run, and write the section of README.md."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0")
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    arguments = parser.parse_args()
+    rows = []
+    with open(report.FOLDER / "quality.csv", "w", newline="") as file:
+        for seed in range(arguments.seeds):
+            for dataset in arguments.datasets:
+                rows.append(run(dataset, seed))
+                print(rows[-1], file=sys.stderr, flush=True)
+                writer = csv.DictWriter(file, rows[-1])
+                if len(rows) == 1:
+                    writer.writeheader()
+                writer.writerow(rows[-1])
+                file.flush()
+    write_results(rows)
+
+
+if __name__ == "__main__":
+    main()

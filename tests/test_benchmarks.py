@@ -1,0 +1,52 @@
+"""The parts of the benchmarks that write results; the measurements themselves run under `make benchmark`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+
+    yield report
+    del sys.modules["report"]
+
+
+def test_a_section_is_replaced_and_the_rest_stays(report, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- speed -->\nold\n<!-- end of speed -->\nafter\n")
+    for text in ("new \\1 table", "newer"):
+        report.write_section("speed", text, path)
+        assert path.read_text() == f"before\n<!-- speed -->\n\n{text}\n\n<!-- end of speed -->\nafter\n"
+
+
+@pytest.mark.parametrize("content", ["", "<!-- speed -->\n", 2 * "<!-- speed -->\n<!-- end of speed -->\n"])
+def test_a_missing_or_repeated_section_is_refused(report, tmp_path, content):
+    path = tmp_path / "README.md"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="one section between"):
+        report.write_section("speed", "new", path)
+    assert path.read_text() == content
+
+
+def test_a_table_has_a_row_for_each_row(report):
+    assert report.make_table(["name", "value"], [("a", 1), ("b", 2)]).splitlines() == [
+        "| name | value |",
+        "| --- | ---: |",
+        "| a | 1 |",
+        "| b | 2 |",
+    ]
+
+
+def test_every_script_has_a_section_and_is_named(report):
+    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    for name in ("quality", "time_to_quality", "step_time", "scaling"):
+        assert (BENCHMARKS / f"{name}.py").exists()
+        assert f"`{name}.py`" in text
+        assert text.count(f"<!-- {name.replace('_', ' ')} -->") == 1
+        assert text.count(f"<!-- end of {name.replace('_', ' ')} -->") == 1
