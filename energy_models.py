@@ -21,7 +21,7 @@ _PACKAGE = "egm_dde"
 # exactly the draws of an uninterrupted one. Each purpose and step has a stream of random numbers of its own ...
 _TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE = range(6)
 # ... and these are places in a stream, too far apart to overlap.
-_NOISE, _LEVELS, _LATENTS = (part << 61 for part in range(3))
+_NOISE, _LEVELS, _LATENTS, _ORDER = (part << 61 for part in range(4))
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -483,9 +483,10 @@ class EGM(keras.Model):
     number of steps made.
 
     The generator's gradient is the noisiest estimate of the three, so its step uses ``latents_per_point`` times as
-    many latents, and samples come from ``average_generator``, whose weights are a moving average. Calling the model
-    maps latents (batch, *latent) to points (batch, *event) by that average. The losses, in training and in
-    ``evaluate``, are those of ``generator`` itself, which ``dde_fake`` follows.
+    many latents, and in all training steps latents are spread evenly over their space. Samples come from
+    ``average_generator``, whose weights are a moving average. Calling the model maps latents (batch, *latent) to
+    points (batch, *event) by that average. The losses, in training and in ``evaluate``, are those of ``generator``
+    itself, which ``dde_fake`` follows.
 
     Args:
         dde_real: ``DDE`` of the data.
@@ -567,7 +568,8 @@ class EGM(keras.Model):
         chunks = []
         for start in range(0, n_samples, _SAMPLES_PER_CHUNK):
             size = min(_SAMPLES_PER_CHUNK, n_samples - start)
-            chunks.append(self(self._draw_latents(size, _key(seed, _SAMPLE, start))).numpy())
+            z = _draw_normal((size, *self.latent_shape), _key(seed, _SAMPLE, start), _LATENTS, self.compute_dtype)
+            chunks.append(self(z).numpy())
         return np.concatenate(chunks)
 
     def compile(self, dde_optimizer=None, gen_optimizer=None, **kwargs):
@@ -684,7 +686,20 @@ class EGM(keras.Model):
             average.assign(variable + tf.cast(decay, variable.dtype) * (average - variable))
 
     def _draw_latents(self, batch_size, key):
-        return _draw_normal((batch_size, *self.latent_shape), key, _LATENTS, self.compute_dtype)
+        """Draw standard normal latents that fill their space more evenly than independent ones.
+
+        A batch of them has nearly the same share of every part of the space, and so a generator's modes get nearly
+        their right shares of each batch. Each latent is standard normal by itself: the points of the sequence
+        i sqrt(prime) mod 1, one prime for each coordinate (Richtmyer 1951), are shifted by a random vector modulo 1
+        (Cranley and Patterson 1976), and mapped by the inverse of the normal distribution function.
+        """
+        steps = tf.sqrt(tf.constant(_first_primes(math.prod(self.latent_shape)), tf.float64))
+        shift = _draw_uniform(steps.shape, key, _LATENTS, tf.float64)
+        fractions = tf.math.floormod(tf.range(batch_size, dtype=tf.float64)[:, None] * steps + shift, 1.0)
+        # In random order, so that they have nothing to do with the noise levels, which are in order themselves.
+        fractions = tf.gather(fractions, tf.argsort(_draw_uniform([batch_size], key, _ORDER, tf.float32)))
+        z = tf.math.ndtri(tf.maximum(fractions, 1e-12))  # 0 would be minus infinity
+        return tf.reshape(tf.cast(z, self.compute_dtype), (batch_size, *self.latent_shape))
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -784,6 +799,15 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
     mean_noise = tf.where(is_exact, mean_noise, flat_noise)
     mean_squared_norm = tf.where(is_exact, mean_squared_norm, squared_norm)
     return tf.reshape(mean_noise, tf.shape(x)), squared_norm, mean_squared_norm
+
+
+def _first_primes(count):
+    primes, number = [], 2
+    while len(primes) < count:
+        if all(number % prime for prime in primes):
+            primes.append(number)
+        number += 1
+    return primes
 
 
 def _copy_optimizer(optimizer, variables):

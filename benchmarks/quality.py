@@ -3,7 +3,7 @@
 Every run trains the model that the notebook trains, with other weights, data, noise and latents for every seed, and is
 measured against the exact density. No run is left out. Each is added to ``quality.csv`` as it ends.
 
-    python benchmarks/quality.py [--seeds 3] [--datasets rings ...]
+    python benchmarks/quality.py [--seeds 3] [--datasets rings ...] [--tables-only]
 """
 
 import argparse
@@ -23,17 +23,17 @@ import evaluation
 import train_models
 from utils import DATASETS
 
-COLUMNS = {  # name in the table: (name in results_row, digits)
+COLUMNS = {  # name in the table: (name in the rows, digits)
     "Real DDE: TV": ("density_tv", 3),
-    "KL (nats)": ("density_kl", 4),
+    "Real DDE: KL (nats)": ("density_kl", 4),
     "Generator: TV": ("generator_tv", 3),
-    "(floor)": ("generator_tv_floor", 3),
-    "Sliced W1": ("sliced_wasserstein", 4),
-    "(its floor)": ("sliced_wasserstein_floor", 4),
-    "Times floor": ("sliced_wasserstein_ratio", 2),
+    "its floor": ("generator_tv_floor", 3),
+    "Sliced Wasserstein-1": ("sliced_wasserstein", 4),
+    "its floor ": ("sliced_wasserstein_floor", 4),
+    "as a multiple of it": ("sliced_wasserstein_ratio", 2),
     "Smallest mode share": ("smallest_mode_share", 4),
-    "Largest": ("largest_mode_share", 4),
-    "Outside": ("outside_support", 5),
+    "Largest mode share": ("largest_mode_share", 4),
+    "Outside the support": ("outside_support", 4),
     "Training (s)": ("seconds", 0),
 }
 
@@ -51,7 +51,7 @@ def run(dataset, seed):
 
 
 def summarise(rows, name, digits):
-    """Return "mean (smallest to largest)" of a column."""
+    """Return "mean (smallest to largest)" of a column; nothing for data without modes."""
     values = np.array([float(row[name]) for row in rows])
     if np.isnan(values).any():
         return ""
@@ -60,20 +60,32 @@ def summarise(rows, name, digits):
 
 
 def write_results(rows):
-    """Write the tables: transposed, as the numbers with their ranges are wide."""
+    """Write the tables: everything to the README of the benchmarks, the main numbers to that of the project."""
     by_dataset = {dataset: [row for row in rows if row["dataset"] == dataset] for dataset in DATASETS}
     by_dataset = {dataset: its_rows for dataset, its_rows in by_dataset.items() if its_rows}
     table = report.make_table(
         ["", *(f"`{dataset}`" for dataset in by_dataset)],
         [
-            [column, *(summarise(its_rows, name, digits) for its_rows in by_dataset.values())]
+            [column.strip(), *(summarise(its_rows, name, digits) for its_rows in by_dataset.values())]
             for column, (name, digits) in COLUMNS.items()
         ],
     )
-    counts = ", ".join(f"{dataset} {len(its_rows)}" for dataset, its_rows in by_dataset.items())
-    text = f"{table}\n\nMean (smallest to largest) over the seeds; number of runs: {counts}.\n\n"
-    text += report.describe_run(["tensorflow", "keras", "numpy"])
-    report.write_section("quality", text)
+    seeds = sorted({int(row["seed"]) for row in rows})
+    runs = f"Mean (smallest to largest) over seeds {seeds[0]} to {seeds[-1]}. "
+    runs += report.describe_run(["tensorflow", "keras", "numpy"])
+    report.write_section("quality", f"{table}\n\n{runs}")
+
+    header = ["Data set", "Real DDE: TV", "KL (nats)", "Generator: TV", "Sliced W1 / floor", "Training (s)"]
+    names = ("density_tv", "density_kl", "generator_tv", "sliced_wasserstein_ratio", "seconds")
+    digits = dict(COLUMNS.values())
+    table = report.make_table(
+        header,
+        [
+            [f"`{dataset}`", *(summarise(its_rows, name, digits[name]) for name in names)]
+            for dataset, its_rows in by_dataset.items()
+        ],
+    )
+    report.write_section("results", f"{table}\n\n{runs}", report.FOLDER.parent / "README.md")
 
 
 def main():
@@ -81,7 +93,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, counted from 0")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    parser.add_argument("--tables-only", action="store_true", help="of the runs in quality.csv")
     arguments = parser.parse_args()
+    if arguments.tables_only:
+        with open(report.FOLDER / "quality.csv", newline="") as file:
+            write_results(list(csv.DictReader(file)))
+        return
     rows = []
     with open(report.FOLDER / "quality.csv", "w", newline="") as file:
         for seed in range(arguments.seeds):

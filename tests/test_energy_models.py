@@ -620,12 +620,34 @@ def test_latents_and_noise_of_a_step_are_independent_standard_normals(monkeypatc
     egm.compile(SGD(0.0), run_eagerly=True)
     x = normal(5000, 2)
     egm.train_on_batch(x)
-    draws = [generator_calls[0]["z"], *(call["x"] for call in loss_calls if call["self"] is egm.dde_fake)]
-    draws += [egm.dde_real.add_noise(tf.constant(x), call["key"])[1] for call in generator_calls + loss_calls]
-    assert len(draws) == 5  # two of latents, three of noise
-    for column in np.concatenate(draws, axis=1).T:
+    latents = [generator_calls[0]["z"], *(call["x"] for call in loss_calls if call["self"] is egm.dde_fake)]
+    noise = [egm.dde_real.add_noise(tf.constant(x), call["key"])[1] for call in generator_calls + loss_calls]
+    assert (len(latents), len(noise)) == (2, 3)
+    for column in np.concatenate(latents + noise, axis=1).T:
         assert stats.kstest(column, "norm").pvalue > 1e-3
-    np.testing.assert_allclose(np.corrcoef(np.concatenate(draws, axis=1).T), np.eye(10), atol=0.06)
+    np.testing.assert_allclose(np.corrcoef(np.concatenate(noise, axis=1).T), np.eye(6), atol=0.06)
+    for z in latents:  # two draws of latents are one sequence with two random shifts
+        np.testing.assert_allclose(np.corrcoef(np.concatenate([z, *noise], axis=1).T), np.eye(8), atol=0.06)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 16])
+def test_latents_of_a_batch_are_normal_and_spread_evenly(dim):
+    egm = EGM(DDE(zero_net(dim), 0.1), DDE(zero_net(dim), 0.1), identity_generator(dim), seed=0)
+    draw = tf.function(lambda key: egm._draw_latents(200, key))
+    z = np.array([draw(tf.constant([0, i], tf.uint64)) for i in range(400)])  # (draws, 200, dim)
+    assert z.shape == (400, 200, dim)
+    for place in (0, 1, 199):  # each latent by itself
+        for column in z[:, place].T:
+            assert stats.kstest(column, "norm").pvalue > 1e-4
+    # The share of a batch in a quarter of the space, and the means of its coordinates: unbiased, and less scattered
+    # than those of independent latents.
+    shares = (z[:, :, 0] < stats.norm.ppf(0.25)).mean(axis=1) if dim == 1 else (z[:, :, :2] < 0).all(2).mean(axis=1)
+    assert abs(shares.mean() - 0.25) < 5 * shares.std() / 20 + 1e-9
+    assert shares.std() < 0.5 * np.sqrt(0.25 * 0.75 / 200)
+    assert (z.mean(axis=1).std(axis=0) < 0.5 / np.sqrt(200)).all()
+    # In no pair of coordinates is it much worse.
+    products = np.einsum("bni,bnj->bij", z, z)[:, *np.triu_indices(dim, 1)] / 200
+    assert (products.std(axis=0) < 3 / np.sqrt(200)).all()
 
 
 def test_each_dde_training_step_has_fresh_noise(monkeypatch):

@@ -7,28 +7,26 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from evaluation import density_metrics
+from evaluation import density_metrics, mode_coverage
 from utils import sample_2d_data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def snippet():
-    """The one Python block of the README."""
+def run_snippet(index):
+    """Run one of the README's Python blocks; return what it defines."""
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 1
-    return blocks[0]
-
-
-def test_snippet_is_short():
-    assert len([line for line in snippet().splitlines() if line.strip()]) <= 10
+    assert len(blocks) == 2
+    assert len([line for line in blocks[index].splitlines() if line.strip()]) <= 10
+    names = {}
+    exec(compile(blocks[index], "README.md", "exec"), names)
+    return names
 
 
 def test_snippet_trains_a_density_estimator():
     keras.utils.set_random_seed(0)  # the order of the data
-    names = {}
-    exec(compile(snippet(), "README.md", "exec"), names)
+    names = run_snippet(0)
     assert names["log_density"].shape == (5, 1)
     assert names["score"].shape == (5, 2)
     assert np.isfinite(names["log_density"]).all()
@@ -37,6 +35,14 @@ def test_snippet_trains_a_density_estimator():
     assert 0.77 < names["dde"].evaluate(fresh, batch_size=10_000, verbose=0) < 0.80
     # One noise level leaves the relative weights of the arms loose; the base measure alone is at 0.47.
     assert density_metrics(names["dde"].log_density, "2spirals", 0.1).total_variation < 0.25
+
+
+def test_snippet_samples_a_ready_trained_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = run_snippet(1)
+    assert names["points"].shape == (1000, 2)
+    assert names["log_density"].shape == (1000, 1)
+    assert mode_coverage(names["points"], "rings") == 1
 
 
 def test_links_to_files_exist():
