@@ -695,7 +695,8 @@ class EGM(keras.Model):
         """
         steps = tf.sqrt(tf.constant(_first_primes(math.prod(self.latent_shape)), tf.float64))
         shift = _draw_uniform(steps.shape, key, _LATENTS, tf.float64)
-        fractions = tf.math.floormod(tf.range(batch_size, dtype=tf.float64)[:, None] * steps + shift, 1.0)
+        fractions = tf.range(batch_size, dtype=tf.float64)[:, None] * steps + shift
+        fractions -= tf.floor(fractions)
         # In random order, so that they have nothing to do with the noise levels, which are in order themselves.
         fractions = tf.gather(fractions, tf.argsort(_draw_uniform([batch_size], key, _ORDER, tf.float32)))
         z = tf.math.ndtri(tf.maximum(fractions, 1e-12))  # 0 would be minus infinity

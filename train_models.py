@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notes would fill the terminal
+os.environ.setdefault(
+    "TF_NUM_INTRAOP_THREADS", "1"
+)  # small matrices: cores share out whole operations, not parts of them
 
 import keras
 import tensorflow as tf
@@ -25,7 +28,7 @@ BATCH_SIZE = 512
 DDE_STEPS = 2
 STEPS_PER_EPOCH = 50
 EPOCHS = 100
-NUM_POINTS = 200_000
+NUM_BATCHES = 2000
 FOLDER = Path(__file__).parent / "example_models"
 
 
@@ -54,9 +57,10 @@ def build_egm(seed=0, epochs=EPOCHS):
 
 
 def make_batches(dataset, seed=0):
-    """Draw the training data; return an endless ``tf.data.Dataset`` of shuffled batches (BATCH_SIZE, 2)."""
-    data = sample_2d_data(dataset, NUM_POINTS, seed)
-    return tf.data.Dataset.from_tensor_slices(data).shuffle(len(data), seed=seed).repeat().batch(BATCH_SIZE)
+    """Draw the training data; return an endless ``tf.data.Dataset`` of batches (BATCH_SIZE, 2) in random order."""
+    data = sample_2d_data(dataset, NUM_BATCHES * BATCH_SIZE, seed)
+    batches = tf.data.Dataset.from_tensor_slices(data.reshape(NUM_BATCHES, BATCH_SIZE, 2))
+    return batches.shuffle(NUM_BATCHES, seed=seed).repeat()
 
 
 def train_egm(dataset, seed=0, epochs=EPOCHS, **options):

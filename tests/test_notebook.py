@@ -158,7 +158,7 @@ def test_the_notebook_and_the_ready_trained_models_have_one_recipe(short_run):
         f"BATCH_SIZE = {train_models.BATCH_SIZE}",
         f"STEPS_PER_EPOCH = {train_models.STEPS_PER_EPOCH}",
         f'os.environ.get("EPOCHS", "{train_models.EPOCHS}")',
-        f"sample_2d_data(DATASET, {train_models.NUM_POINTS:_}, rng)",
+        f"NUM_BATCHES = {train_models.NUM_BATCHES}",
     ):
         assert line in source
 
