@@ -688,18 +688,22 @@ class EGM(keras.Model):
     def _draw_latents(self, batch_size, key):
         """Draw standard normal latents that fill their space more evenly than independent ones.
 
-        A batch of them has nearly the same share of every part of the space, and so a generator's modes get nearly
-        their right shares of each batch. Each latent is standard normal by itself: the points of the sequence
-        i sqrt(prime) mod 1, one prime for each coordinate (Richtmyer 1951), are shifted by a random vector modulo 1
-        (Cranley and Patterson 1976), and mapped by the inverse of the normal distribution function.
+        Each latent is standard normal by itself, but a batch of them has nearly the same share in every part of the
+        plane of two coordinates, so that the modes of a generator get nearly their right shares of each batch. The
+        points (i sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted by a random vector modulo 1 (Cranley and
+        Patterson 1976) and become two normal coordinates by radius and angle (Box and Muller 1958). Each pair of
+        coordinates has a shift and a random order of its own.
         """
-        steps = tf.sqrt(tf.constant(_first_primes(math.prod(self.latent_shape)), tf.float64))
-        shift = _draw_uniform(steps.shape, key, _LATENTS, tf.float64)
-        fractions = tf.range(batch_size, dtype=tf.float64)[:, None] * steps + shift
-        fractions -= tf.floor(fractions)
-        # In random order, so that they have nothing to do with the noise levels, which are in order themselves.
-        fractions = tf.gather(fractions, tf.argsort(_draw_uniform([batch_size], key, _ORDER, tf.float32)))
-        z = tf.math.ndtri(tf.maximum(fractions, 1e-12))  # 0 would be minus infinity
+        dim = math.prod(self.latent_shape)
+        num_pairs = (dim + 1) // 2
+        order = tf.argsort(_draw_uniform([batch_size, num_pairs], key, _ORDER, tf.float32), axis=0)
+        shifts = _draw_uniform([2, num_pairs], key, _LATENTS, tf.float64)
+        places = [tf.cast(order, tf.float64) * math.sqrt(prime) + shifts[i] for i, prime in enumerate((2, 3))]
+        fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]
+        radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
+        angle = 2.0 * math.pi * fractions[1]
+        pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (batch, num_pairs, 2)
+        z = tf.reshape(pairs, (batch_size, 2 * num_pairs))[:, :dim]
         return tf.reshape(tf.cast(z, self.compute_dtype), (batch_size, *self.latent_shape))
 
 
@@ -800,15 +804,6 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
     mean_noise = tf.where(is_exact, mean_noise, flat_noise)
     mean_squared_norm = tf.where(is_exact, mean_squared_norm, squared_norm)
     return tf.reshape(mean_noise, tf.shape(x)), squared_norm, mean_squared_norm
-
-
-def _first_primes(count):
-    primes, number = [], 2
-    while len(primes) < count:
-        if all(number % prime for prime in primes):
-            primes.append(number)
-        number += 1
-    return primes
 
 
 def _copy_optimizer(optimizer, variables):

@@ -645,9 +645,9 @@ def test_latents_of_a_batch_are_normal_and_spread_evenly(dim):
     assert abs(shares.mean() - 0.25) < 5 * shares.std() / 20 + 1e-9
     assert shares.std() < 0.5 * np.sqrt(0.25 * 0.75 / 200)
     assert (z.mean(axis=1).std(axis=0) < 0.5 / np.sqrt(200)).all()
-    # In no pair of coordinates is it much worse.
+    # In no other pair of coordinates are they worse than independent ones.
     products = np.einsum("bni,bnj->bij", z, z)[:, *np.triu_indices(dim, 1)] / 200
-    assert (products.std(axis=0) < 3 / np.sqrt(200)).all()
+    assert (products.std(axis=0) < 1.2 / np.sqrt(200)).all()
 
 
 def test_each_dde_training_step_has_fresh_noise(monkeypatch):
