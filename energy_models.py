@@ -777,19 +777,20 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
         mean_noise (batch, *event), the squared norm (batch, 1) of ``noise``, and its average (batch, 1).
     """
     batch_size, dim = tf.shape(x)[0], math.prod(x.shape[1:])
-    flat_x, y, flat_noise = (tf.reshape(points, (-1, dim)) for points in (x, noisy_x, noise))
+    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32  # half precision is too coarse for exponents
+    flat_x, y, flat_noise = (tf.cast(tf.reshape(points, (-1, dim)), dtype) for points in (x, noisy_x, noise))
     centre = tf.reduce_mean(flat_x, axis=0)  # the smaller the numbers, the smaller the rounding errors
     flat_x, y = flat_x - centre, y - centre
-    precision = tf.exp(-2.0 * log_noise_std)
+    precision = tf.exp(-2.0 * tf.cast(log_noise_std, dtype))
     squared_norm = tf.reduce_sum(tf.square(flat_noise), axis=-1, keepdims=True)
     squared_y = tf.reduce_sum(tf.square(y), axis=-1, keepdims=True)
     # Up to a term that x_j does not enter, the exponent is a product: (y x_j - ||x_j||^2 / 2) / noise_std^2.
     sources = tf.concat([flat_x, tf.reduce_sum(tf.square(flat_x), axis=-1, keepdims=True)], axis=-1)
-    queries = precision * tf.concat([y, tf.fill([batch_size, 1], tf.cast(-0.5, x.dtype))], axis=-1)
+    queries = precision * tf.concat([y, tf.fill([batch_size, 1], tf.constant(-0.5, dtype))], axis=-1)
     # Blocks of points bound the memory; the last one is filled up with sources that are infinitely far away.
     block_size = tf.minimum(batch_size, _SOURCES_PER_BLOCK)
     num_filled = -batch_size % block_size
-    infinitely_far = tf.one_hot(tf.fill([num_filled], dim), dim + 1, on_value=tf.sqrt(x.dtype.max), dtype=x.dtype)
+    infinitely_far = tf.one_hot(tf.fill([num_filled], dim), dim + 1, on_value=math.sqrt(dtype.max), dtype=dtype)
     sources = tf.reshape(tf.concat([sources, infinitely_far], axis=0), (-1, block_size, dim + 1))
     queries = tf.reshape(tf.pad(queries, [[0, num_filled], [0, 0]]), (-1, block_size, dim + 1))
     weights = tf.nn.softmax(tf.matmul(queries, sources, transpose_b=True))  # (blocks, block_size, block_size)
@@ -800,10 +801,10 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
         squared_y - 2.0 * tf.reduce_sum(y * mean_x, axis=-1, keepdims=True) + mean_squared_x
     )
     # Where rounding would move an exponent noticeably, the own noise stays.
-    is_exact = x.dtype.as_numpy_dtype(np.finfo(x.dtype.as_numpy_dtype).eps) * precision * squared_y < 0.1
-    mean_noise = tf.where(is_exact, mean_noise, flat_noise)
+    is_exact = np.finfo(dtype.as_numpy_dtype).eps * precision * squared_y < 0.1
+    mean_noise = tf.reshape(tf.where(is_exact, mean_noise, flat_noise), tf.shape(x))
     mean_squared_norm = tf.where(is_exact, mean_squared_norm, squared_norm)
-    return tf.reshape(mean_noise, tf.shape(x)), squared_norm, mean_squared_norm
+    return tuple(tf.cast(result, x.dtype) for result in (mean_noise, squared_norm, mean_squared_norm))
 
 
 def _copy_optimizer(optimizer, variables):

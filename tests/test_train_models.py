@@ -14,14 +14,14 @@ def briefly_trained():
 
 
 def test_a_short_run_beats_a_stated_quality(briefly_trained):
-    # Limits 1.3 times the worst of seeds 0 to 9; an untrained model is at 0.5.
+    # The limits are 1.3 times the worst of seeds 0 to 5 (0.019, 0.0018 nats, 0.139).
     density = evaluation.density_metrics(briefly_trained.dde_real.log_density, "8gaussians", 0.1)
-    assert density.total_variation < 0.07
-    assert density.kl_divergence < 0.02
+    assert density.total_variation < 0.025
+    assert density.kl_divergence < 0.0025
     samples = briefly_trained.sample(500_000, seed=0)
     generated = evaluation.sample_metrics(samples, "8gaussians", 0.1, rng=0).total_variation
     assert generated.floor < 0.03
-    assert generated.value < 0.3
+    assert generated.value < 0.18
     assert evaluation.mode_coverage(samples, "8gaussians") == 1
 
 
@@ -61,8 +61,8 @@ def test_ready_trained_models_meet_their_numbers(dataset):
     model = keras.saving.load_model(path)
     assert not model.compiled
     density = evaluation.density_metrics(model.dde_real.log_density, dataset, 0.1)
-    assert density.total_variation < 0.03
-    assert density.kl_divergence < 0.005
+    assert density.total_variation < 0.02
+    assert density.kl_divergence < 0.002
     samples = model.sample(1_000_000, seed=1)
     generated = evaluation.sample_metrics(samples, dataset, 0.1, rng=0).total_variation
     assert generated.value < 0.08
