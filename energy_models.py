@@ -696,14 +696,14 @@ class EGM(keras.Model):
         """
         dim = math.prod(self.latent_shape)
         num_pairs = (dim + 1) // 2
-        order = tf.argsort(_draw_uniform([batch_size, num_pairs], key, _ORDER, tf.float32), axis=0)
-        shifts = _draw_uniform([2, num_pairs], key, _LATENTS, tf.float64)
+        order = tf.argsort(_draw_uniform([num_pairs, batch_size], key, _ORDER, tf.float32))
+        shifts = _draw_uniform([2, num_pairs, 1], key, _LATENTS, tf.float64)
         places = [tf.cast(order, tf.float64) * math.sqrt(prime) + shifts[i] for i, prime in enumerate((2, 3))]
-        fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]
+        fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]  # each (num_pairs, batch)
         radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
         angle = 2.0 * math.pi * fractions[1]
-        pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (batch, num_pairs, 2)
-        z = tf.reshape(pairs, (batch_size, 2 * num_pairs))[:, :dim]
+        pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (num_pairs, batch, 2)
+        z = tf.reshape(tf.transpose(pairs, (1, 0, 2)), (batch_size, 2 * num_pairs))[:, :dim]
         return tf.reshape(tf.cast(z, self.compute_dtype), (batch_size, *self.latent_shape))
 
 
