@@ -18,12 +18,12 @@ help: ## List the targets
 tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
 	$(VENV)/bin/python execute_notebook.py egm_dde.ipynb
 
-models: $(INSTALLED) ## Train the ready-made models in example_models/ (six minutes)
+models: $(INSTALLED) ## Train the ready-made models in example_models/ (four minutes)
 	$(VENV)/bin/python train_models.py
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
 BENCHMARKS ?= step_time scaling quality time_to_quality
-benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (hours; settings: BENCHMARKS)
+benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (an hour or two; settings: BENCHMARKS)
 	@set -e; for name in $(BENCHMARKS); do \
 	    echo "benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py; \
 	done

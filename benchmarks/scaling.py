@@ -74,7 +74,7 @@ def plot(results, path):
     for column, (name, values) in enumerate(SETTINGS.items()):
         seconds, memory = np.transpose([results[name, value] for value in values])
         axes[0, column].loglog(values, 1e3 * seconds, "o-")
-        axes[1, column].loglog(values, memory / MEBIBYTE, "o-", color="tab:orange")
+        axes[1, column].semilogx(values, memory / MEBIBYTE, "o-", color="tab:orange")
         axes[1, column].set_xlabel(name)
         axes[1, column].set_xticks(values, values, rotation=45)
         axes[1, column].minorticks_off()

@@ -1,7 +1,7 @@
 """Total variation against training time: the published recipe and ours, in one run.
 
 The published recipe (networks, noise, batch, learning rates, inner steps, 10,000 points) is built with our classes, so
-that the difference is the recipe's alone. It is run in full by default, which takes one and a half hours; results are
+that the difference is the recipe's alone. It is run in full by default, which takes half an hour or more; results are
 written after every measurement, so a run can be stopped at any time.
 
     python benchmarks/time_to_quality.py [--dataset 2spirals] [--published-steps 4000] [--seed 0]
