@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 
-class EnergyNet(nn.Module):
-    """Log density f(x, log noise_std): damped Fourier features, dense tanh layers, Gaussian base measure."""
+class FourierNet(nn.Module):
+    """Dense layers on random Fourier features, from a Keras network's arrays."""
 
     def __init__(self, frequencies, layers, data_std):
         super().__init__()
         self.register_buffer("frequencies", torch.tensor(frequencies))
         self.layers = nn.ModuleList(make_linear(*layer) for layer in layers)
         self.data_std = data_std
+
+
+class EnergyNet(FourierNet):
+    """Log density f(x, log noise_std): damped Fourier features, dense tanh layers, Gaussian base measure."""
 
     def forward(self, x, log_noise_std):
         phases = x @ self.frequencies  # (batch, num_features)
@@ -29,14 +33,8 @@ class EnergyNet(nn.Module):
         return self.layers[-1](hidden) + base  # (batch, 1)
 
 
-class Generator(nn.Module):
+class Generator(FourierNet):
     """Map latents to points: data_std * z plus a dense correction of its Fourier features."""
-
-    def __init__(self, frequencies, layers, data_std):
-        super().__init__()
-        self.register_buffer("frequencies", torch.tensor(frequencies))
-        self.layers = nn.ModuleList(make_linear(*layer) for layer in layers)
-        self.data_std = data_std
 
     def forward(self, z):
         phases = z @ self.frequencies

@@ -23,19 +23,19 @@ import evaluation
 import train_models
 from utils import DATASETS
 
-COLUMNS = {  # name in the table: (name in the rows, digits)
-    "Real DDE: TV": ("density_tv", 3),
-    "Real DDE: KL (nats)": ("density_kl", 4),
-    "Generator: TV": ("generator_tv", 3),
-    "its floor": ("generator_tv_floor", 3),
-    "Sliced Wasserstein-1": ("sliced_wasserstein", 4),
-    "its floor ": ("sliced_wasserstein_floor", 4),
-    "as a multiple of it": ("sliced_wasserstein_ratio", 2),
-    "Smallest mode share": ("smallest_mode_share", 4),
-    "Largest mode share": ("largest_mode_share", 4),
-    "Outside the support": ("outside_support", 4),
-    "Training (s)": ("seconds", 0),
-}
+NUMBERS = [  # name in the table, name in the rows, digits
+    ("Real DDE: TV", "density_tv", 3),
+    ("Real DDE: KL (nats)", "density_kl", 4),
+    ("Generator: TV", "generator_tv", 3),
+    ("its floor", "generator_tv_floor", 3),
+    ("Sliced Wasserstein-1", "sliced_wasserstein", 4),
+    ("its floor", "sliced_wasserstein_floor", 4),
+    ("as a multiple of it", "sliced_wasserstein_ratio", 2),
+    ("Smallest mode share", "smallest_mode_share", 4),
+    ("Largest mode share", "largest_mode_share", 4),
+    ("Outside the support", "outside_support", 4),
+    ("Training (s)", "seconds", 0),
+]
 
 
 def run(dataset, seed):
@@ -66,8 +66,8 @@ def write_results(rows):
     table = report.make_table(
         ["", *(f"`{dataset}`" for dataset in by_dataset)],
         [
-            [column.strip(), *(summarise(its_rows, name, digits) for its_rows in by_dataset.values())]
-            for column, (name, digits) in COLUMNS.items()
+            [title, *(summarise(its_rows, name, digits) for its_rows in by_dataset.values())]
+            for title, name, digits in NUMBERS
         ],
     )
     seeds = sorted({int(row["seed"]) for row in rows})
@@ -77,7 +77,7 @@ def write_results(rows):
 
     header = ["Data set", "Real DDE: TV", "KL (nats)", "Generator: TV", "Sliced W1 / floor", "Training (s)"]
     names = ("density_tv", "density_kl", "generator_tv", "sliced_wasserstein_ratio", "seconds")
-    digits = dict(COLUMNS.values())
+    digits = {name: digits for _, name, digits in NUMBERS}
     table = report.make_table(
         header,
         [
