@@ -10,15 +10,19 @@ standard normal ``noise`` the regression target of the score is ``-noise / noise
 import math
 import numbers
 import random
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from training import ResumableModel, check_finite, check_positive_integer, format_shape
+
 _PACKAGE = "egm_dde"
 
-# Every draw is counter-based: a pure function of (seed, purpose, step, replica), so that a resumed run repeats
-# exactly the draws of an uninterrupted one. Each purpose and step has a stream of random numbers of its own ...
+# Every draw is counter-based: a pure function of (seed, purpose, step), so that a resumed run repeats exactly the draws
+# of an uninterrupted one, and several devices share out the draws of one. Each purpose and step has a stream of random
+# numbers of its own ...
 _TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE = range(6)
 # ... and these are places in a stream, too far apart to overlap.
 _NOISE, _LEVELS, _LATENTS, _ORDER = (part << 61 for part in range(4))
@@ -207,7 +211,7 @@ def _check_sizes_and_scales(sizes, widths, scales):
     if not isinstance(widths, (tuple, list)):
         raise ValueError(f"widths must be a sequence of integers, got {widths!r}")
     for name, size in [*sizes.items(), *(("each of widths", width) for width in widths)]:
-        _check_positive_integer(name, size)
+        check_positive_integer(name, size)
     for name, scale in scales.items():
         if not _is_finite_number(scale) or scale <= 0:
             raise ValueError(f"{name} must be a positive finite number, got {scale!r}")
@@ -231,7 +235,7 @@ def _initializers(name, seed):
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
-class DDE(keras.Model):
+class DDE(ResumableModel):
     """Denoising density estimator: a scalar network whose output is the log density of the noisy data.
 
     For data x and y = x + noise_std * noise, noise ~ N(0, I), it minimises (arXiv:2001.02728, Eq. 5, in noise units)
@@ -267,14 +271,19 @@ class DDE(keras.Model):
         seed: integer that fixes all noise; None draws one from Python's ``random`` (``keras.utils.set_random_seed``).
 
     Raises:
-        ValueError: for a ``net`` with more than one output or other inputs, or a ``noise_std``, ``dual_weight`` or
-            ``seed`` that is not as above.
+        ValueError: for a ``net`` with more than one output, other inputs, batch normalization or half precision
+            (float16), or a ``noise_std``, ``dual_weight`` or ``seed`` that is not as above.
+
+    Warns:
+        UserWarning: for piecewise linear activations such as ReLU, whose score is piecewise constant.
     """
 
     def __init__(self, net, noise_std=0.1, dual_weight=1.0, seed=None, **kwargs):
-        super().__init__(**kwargs)
+        # The layers of the network cast by themselves; points, noise and losses stay exact.
+        super().__init__(autocast=False, **kwargs)
         self.noise_std, self.noise_range = _check_noise_std(noise_std)
         _check_network("net", net, num_inputs=1 + self.noise_conditional)
+        _check_layers(net)
         self.net = net
         if not _is_finite_number(dual_weight) or dual_weight < 0:
             raise ValueError(f"dual_weight must be a finite number of at least 0, got {dual_weight!r}")
@@ -285,6 +294,22 @@ class DDE(keras.Model):
             if getattr(net, "output_shape", None) is not None:
                 _check_scalar_output(net.output_shape)
             self.built = True
+
+    @property
+    def num_steps(self):
+        """Number of training steps made."""
+        return _count_steps(self.optimizer) if self.compiled else 0
+
+    @property
+    def event_shape(self):
+        """Shape of a point; None while the network does not know it."""
+        shape = _input_shape(self.net)
+        return None if shape is None else shape[1:]
+
+    @property
+    def smallest_noise_std(self):
+        """The lowest level, in data units."""
+        return self.noise_range[0]
 
     @property
     def noise_conditional(self):
@@ -330,18 +355,19 @@ class DDE(keras.Model):
         _, score, _ = self._differentiate(noisy_x, log_noise_std)
         return noisy_x + _per_event(tf.exp(2.0 * log_noise_std), noisy_x) * score
 
-    def add_noise(self, x, key):
+    def add_noise(self, x, key, part=None):
         """Draw a noise level and noise for each point.
 
         Args:
             x: clean points (batch, *event).
             key: uint64 tensor (2,), the seed and the stream of the draw.
+            part: ``_Part`` of the batch that ``x`` is; None is all of it.
 
         Returns:
             noisy_x (batch, *event), noise (batch, *event) in noise units, and log_noise_std (batch, 1).
         """
-        noise = _draw_normal(tf.shape(x), key, _NOISE, x.dtype)
-        batch_size = tf.shape(x)[0]
+        batch_size = tf.shape(x)[0] if part is None else part.whole_size
+        noise = _draw_normal(tf.concat([[batch_size], tf.shape(x)[1:]], axis=0), key, _NOISE, x.dtype)
         low, high = (math.log(level) for level in self.noise_range)
         if self.noise_conditional:
             # Stratified: one level in each of batch_size equal parts of the range, for less variance. The parts are
@@ -351,27 +377,35 @@ class DDE(keras.Model):
             log_noise_std = low + (high - low) * tf.math.floormod(steps + offset, 1.0)[:, None]
         else:
             log_noise_std = tf.fill([batch_size, 1], tf.cast(low, x.dtype))
+        if part is not None:
+            noise, log_noise_std = part.take(noise), part.take(log_noise_std)
         return x + _per_event(tf.exp(log_noise_std), x) * noise, noise, log_noise_std
 
-    def denoising_loss(self, x, key):
+    def denoising_loss(self, x, key, training=False):
         """The training loss on a batch, in noise units.
 
         Args:
             x: clean points (batch, *event).
             key: uint64 tensor (2,), the seed and the stream of the noise.
+            training: whether layers such as dropout behave as in training.
 
         Returns:
             Scalar tensor; its minimum is reached where the network is the log density of the noisy data.
         """
+        part = _Part(tf.shape(x)[0])
+        x = part.gather(x)
         noisy_x, noise, log_noise_std = self.add_noise(x, key)
-        _, score, level_derivative = self._differentiate(noisy_x, log_noise_std)
-        mean_noise, squared_norm, mean_squared_norm = _average_over_sources(x, noisy_x, noise, log_noise_std)
+        targets = _average_over_sources(x, noisy_x, noise, log_noise_std)
+        noisy_x, noise, log_noise_std, mean_noise, squared_norm, mean_squared_norm = (
+            part.take(values) for values in (noisy_x, noise, log_noise_std, *targets)
+        )
+        _, score, level_derivative = self._differentiate(noisy_x, log_noise_std, training)
         scaled_score = _per_event(tf.exp(log_noise_std), x) * score
-        loss = tf.reduce_mean(_expected_square(scaled_score, -noise, -mean_noise))
+        loss = _mean(_expected_square(scaled_score, -noise, -mean_noise))
         if self.noise_conditional and self.dual_weight > 0:
             dim = math.prod(x.shape[1:])
             squares = _expected_square(level_derivative, squared_norm - dim, mean_squared_norm - dim)  # (batch, 1)
-            loss += self.dual_weight * tf.reduce_mean(squares) / (2 * dim)
+            loss += self.dual_weight * _mean(squares) / (2 * dim)
         return loss
 
     def compile(self, optimizer=None, **kwargs):
@@ -396,10 +430,15 @@ class DDE(keras.Model):
 
     def train_step(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = check_finite(self._as_points(x), "the batch of data")
+        key = _key(self.seed, _TRAIN, self.optimizer.iterations)
         loss = _descend(
+            self,
             self.optimizer,
             self,
-            lambda: self.denoising_loss(self._as_points(x), _key(self.seed, _TRAIN, self.optimizer.iterations)),
+            "the loss",
+            _Part(tf.shape(x)[0]),
+            lambda: self.denoising_loss(x, key, training=True),
         )
         self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
         return {"loss": self.loss_tracker.result()}
@@ -407,7 +446,7 @@ class DDE(keras.Model):
     def test_step(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         # Keyed by the points seen since the metrics were reset: each evaluation meets the same noise.
-        key = _key(self.seed, _EVALUATE, self.loss_tracker.count)
+        key = _key(self.seed, _EVALUATE, _sum_over_replicas(self.loss_tracker.count))
         loss = self.denoising_loss(self._as_points(x), key)
         self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
         return {"loss": self.loss_tracker.result()}
@@ -425,12 +464,20 @@ class DDE(keras.Model):
     def from_config(cls, config):
         return cls(**{**config, "net": keras.saving.deserialize_keras_object(config["net"])})
 
+    def _endpoints(self):
+        point = tf.TensorSpec((None, *self.event_shape), self.variable_dtype)
+        endpoints = {"serve": (self.call, [point])}
+        if self.noise_conditional:
+            level = tf.TensorSpec((None,), self.variable_dtype)
+            endpoints["serve_level"] = (self.call, [point, level])
+        return endpoints
+
     def _as_points(self, x):
-        x = keras.ops.convert_to_tensor(x, dtype=self.compute_dtype)
+        x = keras.ops.convert_to_tensor(x, dtype=self.variable_dtype)
         expected = _input_shape(self.net)
         if x.shape.rank == 0 or (expected and not x.shape[1:].is_compatible_with(expected[1:])):
             raise ValueError(
-                f"points must have shape {_format_shape(expected or ('batch', '...'))}, got {tuple(x.shape)}"
+                f"points must have shape {_format_points(expected or ('batch', '...'))}, got {tuple(x.shape)}"
             )
         return x
 
@@ -448,17 +495,17 @@ class DDE(keras.Model):
         level = tf.reshape(tf.cast(level, x.dtype), (-1, 1))
         return tf.broadcast_to(tf.math.log(level), (tf.shape(x)[0], 1))
 
-    def _evaluate(self, x, log_noise_std):
-        log_density = self.net([x, log_noise_std] if self.noise_conditional else x)
+    def _evaluate(self, x, log_noise_std, training=False):
+        log_density = self.net([x, log_noise_std] if self.noise_conditional else x, training=training)
         self.built = True  # training does not pass through __call__, which would set it
         _check_scalar_output(log_density.shape)
-        return log_density
+        return tf.cast(log_density, x.dtype)
 
-    def _differentiate(self, x, log_noise_std):
+    def _differentiate(self, x, log_noise_std, training=False):
         """Log density (batch, 1), its gradient (batch, *event), and its derivative (batch, 1) along log(noise_std)."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch((x, log_noise_std))
-            log_density = self._evaluate(x, log_noise_std)
+            log_density = self._evaluate(x, log_noise_std, training)
         return log_density, *tape.gradient(log_density, (x, log_noise_std))
 
 
@@ -466,7 +513,7 @@ class DDE(keras.Model):
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
-class EGM(keras.Model):
+class EGM(ResumableModel):
     """Energy-based generative model: a generator that descends the KL divergence between two DDEs.
 
     ``dde_real`` learns the noisy density p~ of the data, ``dde_fake`` the noisy density q~ of the generated points,
@@ -506,7 +553,7 @@ class EGM(keras.Model):
     def __init__(
         self, dde_real, dde_fake, generator, dde_steps=5, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
             if not isinstance(dde, DDE):
                 raise ValueError(f"{name} must be a DDE, got {dde!r}")
@@ -518,19 +565,22 @@ class EGM(keras.Model):
                 "dde_real and dde_fake must have the same noise_std, "
                 f"got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
             )
-        _check_positive_integer("dde_steps", dde_steps)
-        _check_positive_integer("latents_per_point", latents_per_point)
+        check_positive_integer("dde_steps", dde_steps)
+        check_positive_integer("latents_per_point", latents_per_point)
         if not _is_finite_number(average_decay) or not 0 <= average_decay < 1:
             raise ValueError(f"average_decay must be at least 0 and less than 1, got {average_decay!r}")
         for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
             if _input_shape(net) is None:
-                raise ValueError(f"the shapes of {name} must be known: give its network a keras.Input, got {net!r}")
+                raise ValueError(
+                    f"the shapes of {name} must be known: give its network a keras.Input, or call it on a batch; "
+                    f"got {net!r}"
+                )
         for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
-            expected, given = _input_shape(dde.net), generator.output_shape
+            expected, given = _input_shape(dde.net), _output_shape(generator)
             if expected[1:] != tuple(given[1:]):
                 raise ValueError(
-                    f"the generator must return points of shape {_format_shape(expected)} to fit {name}, "
-                    f"got {_format_shape(given)}"
+                    f"the generator must return points of shape {_format_points(expected)} to fit {name}, "
+                    f"got {_format_points(given)}"
                 )
         self.dde_real = dde_real
         self.dde_fake = dde_fake
@@ -548,7 +598,23 @@ class EGM(keras.Model):
         self.built = True
 
     def call(self, z):
-        return self.average_generator(z)
+        return tf.cast(self.average_generator(z), self.variable_dtype)
+
+    @property
+    def num_steps(self):
+        """Number of training steps made."""
+        # The last network to be updated counts: a step is made when all of it is.
+        return _count_steps(self.dde_fake_optimizer) // self.dde_steps if self.compiled else 0
+
+    @property
+    def event_shape(self):
+        """Shape of a point."""
+        return self.dde_real.event_shape
+
+    @property
+    def smallest_noise_std(self):
+        """The lowest level of the DDEs, in data units."""
+        return self.dde_real.smallest_noise_std
 
     def sample(self, n_samples, seed=None):
         """Generate points: one pass of the generator, no iterations.
@@ -563,12 +629,12 @@ class EGM(keras.Model):
         Raises:
             ValueError: for an ``n_samples`` that is not an integer of at least 1.
         """
-        _check_positive_integer("n_samples", n_samples)
+        check_positive_integer("n_samples", n_samples)
         seed = _check_seed(seed)
         chunks = []
         for start in range(0, n_samples, _SAMPLES_PER_CHUNK):
             size = min(_SAMPLES_PER_CHUNK, n_samples - start)
-            z = _draw_normal((size, *self.latent_shape), _key(seed, _SAMPLE, start), _LATENTS, self.compute_dtype)
+            z = _draw_normal((size, *self.latent_shape), _key(seed, _SAMPLE, start), _LATENTS, self.variable_dtype)
             chunks.append(self(z).numpy())
         return np.concatenate(chunks)
 
@@ -595,42 +661,57 @@ class EGM(keras.Model):
     def metrics(self):
         return [self.loss_dde_real_tracker, self.loss_dde_fake_tracker, self.gen_loss_tracker]
 
-    def generator_loss(self, z, key):
+    def generator_loss(self, z, key, training=False):
         """Estimate KL(q~ || p~) up to a constant, in nats (arXiv:2001.02728, Eq. 8).
 
         Args:
             z: latents (batch, *latent).
             key: uint64 tensor (2,), the seed and the stream of the noise.
+            training: whether layers of the generator such as dropout behave as in training.
 
         Returns:
             Scalar tensor, differentiable in the generator's weights.
         """
-        noisy_y, _, log_noise_std = self.dde_fake.add_noise(self.generator(z), key)
+        noisy_y, _, log_noise_std = self.dde_fake.add_noise(self._generate(z, training), key, _Part(tf.shape(z)[0]))
         log_ratio = self.dde_fake._evaluate(noisy_y, log_noise_std) - self.dde_real._evaluate(noisy_y, log_noise_std)
-        return tf.reduce_mean(log_ratio)
+        return _mean(log_ratio)
 
     def train_step(self, data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = self.dde_real._as_points(x)
+        x = check_finite(self.dde_real._as_points(x), "the batch of data")
         batch_size = tf.shape(x)[0]
 
         key = _key(self.seed, _GENERATOR, self.gen_optimizer.iterations)
         z = self._draw_latents(self.latents_per_point * batch_size, key)
-        gen_loss = _descend(self.gen_optimizer, self.generator, lambda: self.generator_loss(z, key))
+        part = _Part(batch_size)
+        gen_loss = _descend(
+            self,
+            self.gen_optimizer,
+            self.generator,
+            "gen_loss",
+            part,
+            lambda: self.generator_loss(z, key, training=True),
+        )
         self._average_weights()
         for _ in range(self.dde_steps):
             key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
             loss_dde_real = _descend(
+                self,
                 self.dde_real_optimizer,
                 self.dde_real,
-                lambda key=key: self.dde_real.denoising_loss(x, key),
+                "loss_dde_real",
+                part,
+                lambda key=key: self.dde_real.denoising_loss(x, key, training=True),
             )
             key = _key(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
-            y = self.generator(self._draw_latents(batch_size, key))
+            y = self._generate(self._draw_latents(batch_size, key), training=True)
             loss_dde_fake = _descend(
+                self,
                 self.dde_fake_optimizer,
                 self.dde_fake,
-                lambda y=y, key=key: self.dde_fake.denoising_loss(y, key),
+                "loss_dde_fake",
+                part,
+                lambda y=y, key=key: self.dde_fake.denoising_loss(y, key, training=True),
             )
             self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
             self.loss_dde_fake_tracker.update_state(loss_dde_fake, sample_weight=batch_size)
@@ -641,12 +722,12 @@ class EGM(keras.Model):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         x = self.dde_real._as_points(x)
         batch_size = tf.shape(x)[0]
-        key = _key(self.seed, _EVALUATE, self.gen_loss_tracker.count)
+        key = _key(self.seed, _EVALUATE, _sum_over_replicas(self.gen_loss_tracker.count))
         z = self._draw_latents(batch_size, key)
         self.gen_loss_tracker.update_state(self.generator_loss(z, key), sample_weight=batch_size)
         for tracker, dde, points in (
             (self.loss_dde_real_tracker, self.dde_real, x),
-            (self.loss_dde_fake_tracker, self.dde_fake, self.generator(z)),
+            (self.loss_dde_fake_tracker, self.dde_fake, self._generate(z)),
         ):
             tracker.update_state(dde.denoising_loss(points, key), sample_weight=batch_size)
         return self.get_metrics_result()
@@ -679,6 +760,25 @@ class EGM(keras.Model):
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
+    def _endpoints(self):
+        point = tf.TensorSpec((None, *self.event_shape), self.variable_dtype)
+        latent = tf.TensorSpec((None, *self.latent_shape), self.variable_dtype)
+        number = tf.TensorSpec([], tf.int32)
+
+        def sample(n_samples, seed):
+            shape = tf.concat([[n_samples], self.latent_shape], axis=0)
+            return self.call(_draw_normal(shape, _key(seed, _SAMPLE, 0), _LATENTS, self.variable_dtype))
+
+        return {
+            "serve": (self.call, [latent]),
+            "sample": (sample, [number, number]),
+            "log_density_and_score": (self.dde_real.call, [point]),
+        }
+
+    def _generate(self, z, training=False):
+        """Map latents (batch, *latent) to points (batch, *event) by the generator that is trained."""
+        return tf.cast(self.generator(z, training=training), self.variable_dtype)
+
     def _average_weights(self):
         num_steps = tf.cast(self.gen_optimizer.iterations, tf.float32)
         decay = tf.minimum(self.average_decay, num_steps / (num_steps + 10.0))
@@ -692,19 +792,20 @@ class EGM(keras.Model):
         plane of two coordinates, so that the modes of a generator get nearly their right shares of each batch. The
         points (i sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted by a random vector modulo 1 (Cranley and
         Patterson 1976) and become two normal coordinates by radius and angle (Box and Muller 1958). Each pair of
-        coordinates has a shift and a random order of its own.
+        coordinates has a shift and a random order of its own. On several devices, each takes its part.
         """
         dim = math.prod(self.latent_shape)
         num_pairs = (dim + 1) // 2
-        order = tf.argsort(_draw_uniform([num_pairs, batch_size], key, _ORDER, tf.float32))
+        part = _Part(batch_size)
+        order = tf.argsort(_draw_uniform([num_pairs, part.whole_size], key, _ORDER, tf.float32))
         shifts = _draw_uniform([2, num_pairs, 1], key, _LATENTS, tf.float64)
         places = [tf.cast(order, tf.float64) * math.sqrt(prime) + shifts[i] for i, prime in enumerate((2, 3))]
         fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]  # each (num_pairs, batch)
         radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
         angle = 2.0 * math.pi * fractions[1]
         pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (num_pairs, batch, 2)
-        z = tf.reshape(tf.transpose(pairs, (1, 0, 2)), (batch_size, 2 * num_pairs))[:, :dim]
-        return tf.reshape(tf.cast(z, self.compute_dtype), (batch_size, *self.latent_shape))
+        z = tf.reshape(tf.transpose(pairs, (1, 0, 2)), (part.whole_size, 2 * num_pairs))[:, :dim]
+        return tf.reshape(tf.cast(part.take(z), self.variable_dtype), (batch_size, *self.latent_shape))
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -716,15 +817,73 @@ _SAMPLES_PER_CHUNK = 2**16
 _SOURCES_PER_BLOCK = 512
 
 
-def _descend(optimizer, network, loss):
-    """Take one optimizer step down ``loss()`` in the network's weights; return its value before the step."""
+class _Part:
+    """The part of a batch that this replica of the model has: all of it, unless ``tf.distribute`` shares it out.
+
+    Whatever is drawn is drawn for the whole batch, and the part taken from it, so that the number of devices does not
+    matter: the sum of their gradients is that of one device.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        self.is_whole = tf.distribute.get_strategy().num_replicas_in_sync == 1
+        if self.is_whole:
+            self.whole_size = size
+        else:
+            context = tf.distribute.get_replica_context()
+            sizes = context.all_gather(tf.reshape(size, [1]), axis=0)  # (replicas,)
+            self._start = tf.reduce_sum(sizes[: context.replica_id_in_sync_group])
+            self.whole_size = tf.reduce_sum(sizes)
+
+    def take(self, values):
+        """This replica's part of values (batch, ...)."""
+        return values if self.is_whole else values[self._start : self._start + self.size]
+
+    def gather(self, x):
+        """The points of all replicas, from those of this one."""
+        if self.is_whole:
+            return x
+        whole = tf.distribute.get_replica_context().all_gather(tf.stop_gradient(x), axis=0)
+        return tf.ensure_shape(whole, (None, *x.shape[1:]))
+
+    def weigh(self, loss):
+        """The mean over this part's points as its share of the mean over the whole batch: replicas are summed."""
+        return loss if self.is_whole else loss * tf.cast(self.size, loss.dtype) / tf.cast(self.whole_size, loss.dtype)
+
+
+def _mean(values):
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return tf.reduce_mean(values)
+    return tf.reduce_sum(values) / tf.cast(tf.maximum(tf.size(values), 1), values.dtype)  # 0 for an empty part
+
+
+def _sum_over_replicas(value):
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return value
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def _descend(model, optimizer, network, name, part, loss):
+    """Take one optimizer step down ``loss()`` in the network's weights; return its value before the step.
+
+    Where the loss or its gradient is not finite, the step is not taken: an error is raised, or, compiled by XLA, which
+    has no errors, the value returned is NaN.
+    """
     with tf.GradientTape() as tape:
         value = loss()
-        # Gradients are summed over replicas.
-        scaled = value / tf.distribute.get_strategy().num_replicas_in_sync
+        weighed = part.weigh(value)
     variables = network.trainable_variables  # read here: the loss is what builds a network without an Input
-    optimizer.apply(tape.gradient(scaled, variables), variables)
-    return value
+    gradients = tape.gradient(weighed, variables)
+    if not model.jit_compile:
+        gradients = [
+            None if gradient is None else check_finite(gradient, f"the gradient of {name}") for gradient in gradients
+        ]
+        value = check_finite(value, name)
+        optimizer.apply(gradients, variables)
+        return value
+    is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (value, *gradients)])
+    tf.cond(is_finite, lambda: optimizer.apply(gradients, variables), lambda: None)
+    return tf.where(is_finite, value, math.nan)
 
 
 def _damped_waves(phases, decay=None):
@@ -807,6 +966,10 @@ def _average_over_sources(x, noisy_x, noise, log_noise_std):
     return tuple(tf.cast(result, x.dtype) for result in (mean_noise, squared_norm, mean_squared_norm))
 
 
+def _count_steps(optimizer):
+    return int(keras.ops.convert_to_numpy(optimizer.iterations))  # one of several copies, on several devices
+
+
 def _copy_optimizer(optimizer, variables):
     optimizer = type(optimizer).from_config(optimizer.get_config())
     optimizer.build(variables)
@@ -814,15 +977,16 @@ def _copy_optimizer(optimizer, variables):
 
 
 def _copy_network(net):
-    copy = keras.models.clone_model(net)
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(net))
+    if not copy.built:
+        copy.build(_input_shape(net))
     copy.set_weights(net.get_weights())
     return copy
 
 
 def _key(seed, purpose, step):
-    """Key of a draw, uint64 (2,): the seed, and the number of a stream of its own for purpose, step and replica."""
-    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-    stream = 2**56 * purpose + 2**40 * tf.cast(replica, tf.int64) + tf.cast(step, tf.int64)
+    """Key of a draw, uint64 (2,): the seed, and the number of a stream of its own for purpose and step."""
+    stream = 2**56 * purpose + tf.cast(step, tf.int64)
     return tf.cast(tf.stack([tf.constant(seed, tf.int64), stream]), tf.uint64)
 
 
@@ -851,12 +1015,21 @@ def _per_event(values, x):
 
 def _input_shape(net):
     """Shape (None, ...) of a network's points, its first input; None if it is not known yet."""
-    inputs = getattr(net, "inputs", None)
-    return tuple(inputs[0].shape) if inputs else None
+    if getattr(net, "inputs", None):
+        return tuple(net.inputs[0].shape)
+    shape = (net.get_build_config() or {}).get("input_shape") if net.built else None  # kept by the first call
+    if shape is None:
+        return None
+    shape = shape[0] if isinstance(shape[0], (list, tuple)) else shape  # of [x, log(noise_std)]
+    return (None, *shape[1:])
 
 
-def _format_shape(shape):
-    return f"({', '.join(['batch', *map(str, shape[1:])])})"
+def _output_shape(net):
+    return tuple(net.compute_output_shape(_input_shape(net)))
+
+
+def _format_points(shape):
+    return format_shape(("batch", *shape[1:]))
 
 
 def _check_network(name, net, num_inputs):
@@ -870,13 +1043,50 @@ def _check_network(name, net, num_inputs):
             raise ValueError(f"{name} must have {needed} {kind[:-1]}(s){hint}; got {len(given)}")
 
 
+def _check_layers(net):
+    """Refuse what is no density's, and warn of what has no useful score, as far as its layers are known."""
+    for layer in net._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            raise ValueError(
+                f"net must not use batch normalization ({layer.name}): it makes the log density of a point depend on "
+                "the other points of its batch; LayerNormalization and GroupNormalization do not"
+            )
+        if layer.compute_dtype == "float16":
+            raise ValueError(
+                f"net must not compute in float16 ({layer.name}): the second derivatives that train it leave its "
+                "range; use float32, float64 or mixed_bfloat16"
+            )
+        kinked = isinstance(layer, (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.PReLU))
+        activation = getattr(layer, "activation", None)
+        if kinked or (callable(activation) and _is_piecewise_linear(activation)):
+            name = layer.name if kinked else f"{getattr(activation, '__name__', activation)} of {layer.name}"
+            warnings.warn(
+                f"{name} is piecewise linear: the score of such a network is piecewise constant and learns badly; "
+                "use a smooth activation such as tanh, silu, gelu or softplus",
+                stacklevel=4,
+            )
+
+
+def _is_piecewise_linear(activation):
+    """Whether a function of a number has straight parts alone, and more than one of them."""
+    x = tf.linspace(-7.9, 8.1, 161)[:, None]
+    try:
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = activation(x)
+            slope = inner.gradient(y, x)
+        curvature = outer.gradient(slope, x, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    except Exception:  # not a function of numbers one by one: nothing is known of it
+        return False
+    if slope is None:
+        return False
+    return bool(tf.reduce_all(curvature == 0.0) and tf.reduce_max(slope) > tf.reduce_min(slope))
+
+
 def _is_finite_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_positive_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_noise_std(noise_std):
