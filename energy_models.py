@@ -47,7 +47,7 @@ class RandomFourierFeatures(keras.layers.Layer):
     """
 
     def __init__(self, num_features=64, scale=1.0, seed=0, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # phases need all digits
         self.num_features = num_features
         self.scale = scale
         self.seed = seed
@@ -67,7 +67,7 @@ class RandomFourierFeatures(keras.layers.Layer):
             squared_frequencies = keras.ops.sum(keras.ops.square(self.frequencies), axis=0)  # (num_features,)
             decay = 0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies
         waves = _damped_waves(phases, decay)
-        return keras.ops.concatenate([x, *waves], axis=-1)
+        return keras.ops.cast(keras.ops.concatenate([x, *waves], axis=-1), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
         return (*x_shape[:-1], x_shape[-1] + 2 * self.num_features)
@@ -92,7 +92,7 @@ class GaussianLogDensity(keras.layers.Layer):
     """
 
     def __init__(self, data_std=2.0, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.data_std = data_std
 
     def call(self, x, log_noise_std=None):
@@ -144,15 +144,16 @@ def build_energy_net(
     )
     seed = _check_seed(seed)
     initializers = _initializers("glorot_uniform", seed)
-    x = keras.Input((dim,), name="x")
-    log_noise_std = keras.Input((1,), name="log_noise_std") if noise_conditional else None
+    exact = keras.config.dtype_policy().variable_dtype  # with mixed precision, the hidden layers alone are coarse
+    x = keras.Input((dim,), dtype=exact, name="x")
+    log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
     if noise_conditional:
         hidden = keras.layers.Concatenate()([hidden, log_noise_std])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     # A bias here would be the log density's free constant: it has no gradient.
-    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers))(hidden)
-    log_density = keras.layers.Add()([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
+    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
+    log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
     inputs = [x, log_noise_std] if noise_conditional else x
     return keras.Model(inputs, log_density, name="energy_net")
 
@@ -195,15 +196,16 @@ def build_generator(
     )
     seed = _check_seed(seed)
     initializers = _initializers("he_normal" if activation == "relu" else "glorot_uniform", seed)
-    z = keras.Input((latent_dim,), name="z")
+    exact = keras.config.dtype_policy().variable_dtype
+    z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     if latent_dim == dim:
         small = keras.initializers.VarianceScaling(0.01, seed=seed)
-        correction = keras.layers.Dense(dim, kernel_initializer=small)(hidden)
-        y = keras.layers.Add()([keras.layers.Rescaling(data_std)(z), correction])
+        correction = keras.layers.Dense(dim, kernel_initializer=small, dtype=exact)(hidden)
+        y = keras.layers.Add(dtype=exact)([keras.layers.Rescaling(data_std, dtype=exact)(z), correction])
     else:
-        y = keras.layers.Dense(dim, kernel_initializer=next(initializers))(hidden)
+        y = keras.layers.Dense(dim, kernel_initializer=next(initializers), dtype=exact)(hidden)
     return keras.Model(z, y, name="generator")
 
 

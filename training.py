@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 import weakref
 import zipfile
 from pathlib import Path
@@ -54,8 +53,9 @@ class ResumableModel(keras.Model):
         A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore`` among the
         callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass,
         by ``seed`` and the number of steps made, and so are the batches of a ``PyDataset``. A ``tf.data.Dataset``
-        is read up to the batch that comes next, so that it has to repeat itself: give its ``shuffle`` a seed. A
-        Python generator starts anew.
+        is read up to the batch that comes next, so that it has to repeat itself: give its ``shuffle`` a seed. A run
+        restored within an epoch completes it, but for a ``PyDataset``, whose epoch starts again. A Python generator
+        starts anew, always.
 
         Args:
             x: points (n, *event) as an array of real numbers, or batches of them (batch, *event) from a
@@ -111,11 +111,9 @@ class ResumableModel(keras.Model):
         if _is_array(validation_data):
             validation_data = self._check_points("validation_data", validation_data)
             options.setdefault("validation_batch_size", batch_size or 32)
-        callbacks = _add_callback(callbacks, run)
+        callbacks = _add_callbacks(callbacks, run)
         self._initial_epoch = None  # BackupAndRestore leaves that of the last run
-        with warnings.catch_warnings(), self._naming_the_step():
-            # They come from epochs that a run resumed within them completes; no data end here.
-            warnings.filterwarnings("ignore", message="Your input ran out of data")
+        with self._naming_the_step():
             return super().fit(
                 x,
                 batch_size=None if isinstance(x, tf.data.Dataset) else batch_size,
@@ -327,11 +325,13 @@ class _Run(keras.callbacks.Callback):
         self.set_model(model)
         self.steps_per_epoch = None  # stays None where the data do not know their length
         self.before_epochs = []  # functions to call once a callback may have restored the model
+        self.can_end_epochs = True
+        self.ends_epoch = False
         self._steps_at_start = model.num_steps
         self._initial_epoch = initial_epoch
         self._steps_before = None
-        self._steps_left = None
         self._start = None
+        self._steps_left = None
 
     @property
     def position(self):
@@ -356,7 +356,9 @@ class _Run(keras.callbacks.Callback):
         if self.model.num_steps < self._steps_at_start:  # steps that this process made are given up
             self._steps_before = self.model.num_steps - (self.model._initial_epoch or 0) * self.steps_per_epoch
         self.model._initial_epoch = self.position // self.steps_per_epoch
-        self._steps_left = self.steps_per_epoch - self.position % self.steps_per_epoch
+        steps_made = self.position % self.steps_per_epoch
+        if steps_made and self.can_end_epochs:
+            self._steps_left = self.steps_per_epoch - steps_made
         for function in self.before_epochs:
             function()
 
@@ -365,15 +367,13 @@ class _Run(keras.callbacks.Callback):
         if self.steps_per_epoch is not None:
             self._start = self.steps_before, self.position
 
-    def on_train_batch_begin(self, batch, logs=None):
-        if self._steps_left is not None and batch >= self._steps_left:
-            raise tf.errors.OutOfRangeError(None, None, "the epoch's first steps were made before the interruption")
-
     def on_train_batch_end(self, batch, logs=None):
         if self.model.jit_compile:  # XLA leaves out the checks within a step
             for name, value in logs.items():
                 if not np.isfinite(value):
                     raise _not_finite(name, self.model.num_steps)
+        if self._steps_left is not None and batch + 1 >= self._steps_left and not self.model.stop_training:
+            self.ends_epoch = self.model.stop_training = True  # ends this epoch, and _NextEpoch sees to the others
 
     def on_epoch_end(self, epoch, logs=None):
         self._steps_left = None
@@ -388,8 +388,19 @@ class _Run(keras.callbacks.Callback):
         start = tf.data.Dataset.from_generator(
             lambda: [self._start or (self.steps_before, self.position)], output_signature=(scalar, scalar)
         )
-        # A length that is known keeps Keras from taking the end of a resumed epoch for it.
-        return start.flat_map(make_batches).apply(tf.data.experimental.assert_cardinality(tf.int64.max - 1))
+        return start.flat_map(make_batches)
+
+
+class _NextEpoch(keras.callbacks.Callback):
+    """Lets training go on after an epoch that a run resumed within it has completed; it comes before all others."""
+
+    def __init__(self, run):
+        super().__init__()
+        self._run = run
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._run.ends_epoch:
+            self._run.ends_epoch = self.model.stop_training = False
 
 
 def _batches_of_array(x, batch_size, shuffle, seed, run):
@@ -425,9 +436,10 @@ class _ShuffledBatches(keras.utils.PyDataset):
 
     def __init__(self, batches, seed, run):
         super().__init__(batches.workers, batches.use_multiprocessing, batches.max_queue_size)
-        self._batches, self._seed, self._run = batches, seed, run
+        self._batches, self._seed, self._model = batches, seed, run.model
         self._shuffle()
         run.before_epochs.append(self._shuffle)
+        run.can_end_epochs = False  # Keras starts none before it has seen the last one's end
 
     @property
     def num_batches(self):
@@ -444,10 +456,7 @@ class _ShuffledBatches(keras.utils.PyDataset):
         self._shuffle()  # not when the epoch begins: by then, workers may be fetching
 
     def _shuffle(self):
-        steps_made = self._run.position % self.num_batches  # of this epoch, before an interruption
-        steps_before = self._run.steps_before + self._run.position - steps_made
-        order = np.random.default_rng((self._seed, max(steps_before, 0))).permutation(self.num_batches)
-        self._order = np.roll(order, -steps_made)
+        self._order = np.random.default_rng((self._seed, self._model.num_steps)).permutation(self.num_batches)
 
 
 def _is_array(x):
@@ -477,20 +486,21 @@ def _length(dataset):
     return None if length == tf.data.UNKNOWN_CARDINALITY else length
 
 
-def _add_callback(callbacks, callback):
-    """Add a callback after those of the user; mend the files of those that restore."""
+def _add_callbacks(callbacks, run):
+    """Add ours to the callbacks of the user, and mend the files of those that restore."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(callback)
+        for callback in (_NextEpoch(run), run):
+            callbacks.append(callback)
         return callbacks
     callbacks = [] if callbacks is None else callbacks
     callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-    for restoring in callbacks:
-        if isinstance(restoring, keras.callbacks.BackupAndRestore):
-            path = Path(restoring.backup_dir) / "training_metadata.json"
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            path = Path(callback.backup_dir) / "training_metadata.json"
             with contextlib.suppress(OSError):
                 if not _is_json(path.read_text()):  # killed while it was written; the weights know the epoch, too
                     path.unlink()
-    return [*callbacks, callback]
+    return [_NextEpoch(run), *callbacks, run]
 
 
 def _is_json(text):
