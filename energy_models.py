@@ -431,8 +431,7 @@ class DDE(ResumableModel):
         return [self.loss_tracker]
 
     def train_step(self, data):
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = check_finite(self._as_points(x), "the batch of data")
+        x = check_finite(self._as_points(self._unpack(data)), "the batch of data")
         key = _key(self.seed, _TRAIN, self.optimizer.iterations)
         loss = _descend(
             self,
@@ -446,10 +445,10 @@ class DDE(ResumableModel):
         return {"loss": self.loss_tracker.result()}
 
     def test_step(self, data):
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x = self._as_points(self._unpack(data))
         # Keyed by the points seen since the metrics were reset: each evaluation meets the same noise.
         key = _key(self.seed, _EVALUATE, _sum_over_replicas(self.loss_tracker.count))
-        loss = self.denoising_loss(self._as_points(x), key)
+        loss = self.denoising_loss(x, key)
         self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
         return {"loss": self.loss_tracker.result()}
 
@@ -679,8 +678,7 @@ class EGM(ResumableModel):
         return _mean(log_ratio)
 
     def train_step(self, data):
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = check_finite(self.dde_real._as_points(x), "the batch of data")
+        x = check_finite(self.dde_real._as_points(self._unpack(data)), "the batch of data")
         batch_size = tf.shape(x)[0]
 
         key = _key(self.seed, _GENERATOR, self.gen_optimizer.iterations)
@@ -721,8 +719,7 @@ class EGM(ResumableModel):
         return self.get_metrics_result()
 
     def test_step(self, data):
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        x = self.dde_real._as_points(x)
+        x = self.dde_real._as_points(self._unpack(data))
         batch_size = tf.shape(x)[0]
         key = _key(self.seed, _EVALUATE, _sum_over_replicas(self.gen_loss_tracker.count))
         z = self._draw_latents(batch_size, key)
@@ -881,7 +878,8 @@ def _descend(model, optimizer, network, name, part, loss):
             None if gradient is None else check_finite(gradient, f"the gradient of {name}") for gradient in gradients
         ]
         value = check_finite(value, name)
-        optimizer.apply(gradients, variables)
+        with tf.control_dependencies([value, *filter(lambda gradient: gradient is not None, gradients)]):
+            optimizer.apply(gradients, variables)  # and counts the step
         return value
     is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (value, *gradients)])
     tf.cond(is_finite, lambda: optimizer.apply(gradients, variables), lambda: None)
@@ -989,7 +987,7 @@ def _copy_network(net):
 def _key(seed, purpose, step):
     """Key of a draw, uint64 (2,): the seed, and the number of a stream of its own for purpose and step."""
     stream = 2**56 * purpose + tf.cast(step, tf.int64)
-    return tf.cast(tf.stack([tf.constant(seed, tf.int64), stream]), tf.uint64)
+    return tf.cast(tf.stack([tf.cast(seed, tf.int64), stream]), tf.uint64)
 
 
 # The raw operations take seed and counter as they are. tf.random.stateless_normal hashes them first, with dozens of
@@ -1027,7 +1025,7 @@ def _input_shape(net):
 
 
 def _output_shape(net):
-    return tuple(net.compute_output_shape(_input_shape(net)))
+    return tuple(net.compute_output_spec(keras.KerasTensor(_input_shape(net))).shape)
 
 
 def _format_points(shape):

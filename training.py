@@ -6,6 +6,7 @@ before they reach a weight. Files are replaced as a whole or not at all.
 """
 
 import contextlib
+import io
 import json
 import numbers
 import os
@@ -102,12 +103,15 @@ class ResumableModel(keras.Model):
             run.steps_per_epoch = steps_per_epoch or _count_batches(x, batch_size)
             x = _batches_of_array(x, batch_size, shuffle, self.seed, run)
         elif isinstance(x, tf.data.Dataset):
+            self._check_batches(x.element_spec)
             run.steps_per_epoch = steps_per_epoch or _length(x)
             if run.steps_per_epoch is not None:
                 x = _batches_of_dataset(x, run, goes_on=self._has_trained_on(x))
         elif isinstance(x, keras.utils.PyDataset) and shuffle and x.num_batches and steps_per_epoch is None:
             run.steps_per_epoch = x.num_batches
             x, shuffle = _ShuffledBatches(x, self.seed, run), False
+        elif isinstance(x, (dict, str)) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
+            raise ValueError(f"x must be an array or batches of points, got a {type(x).__name__}")
         if _is_array(validation_data):
             validation_data = self._check_points("validation_data", validation_data)
             options.setdefault("validation_batch_size", batch_size or 32)
@@ -136,13 +140,32 @@ class ResumableModel(keras.Model):
             x = self._check_points("x", x)
         return super().evaluate(x, *arguments, **options)
 
-    def save(self, filepath, overwrite=True, **options):
+    def save(self, filepath, overwrite=True, zipped=None, **options):
         """Save as ``keras.Model.save`` does; a file that is there stays whole until the new one is complete."""
-        self._write(super().save, filepath, overwrite, options)
+        if _is_for_keras(filepath, overwrite):
+            super().save(filepath, overwrite=overwrite, zipped=zipped, **options)
+            return
+        with replacing(filepath) as temporary:
+            if zipped is not False:
+                super().save(temporary, zipped=zipped, **options)
+                return
+            archive = temporary.with_name("archive.keras")
+            super().save(archive, **options)
+            zipfile.ZipFile(archive).extractall(temporary)
+            archive.unlink()
 
-    def save_weights(self, filepath, overwrite=True, **options):
-        """Save weights as ``keras.Model.save_weights`` does, with those of the optimizers, replacing files whole."""
-        self._write(super().save_weights, filepath, overwrite, options)
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None, **options):
+        """Save weights as ``keras.Model.save_weights`` does, with those of the optimizers; files are replaced whole."""
+        if _is_for_keras(filepath, overwrite):
+            super().save_weights(filepath, overwrite=overwrite, max_shard_size=max_shard_size, **options)
+            return
+        with replacing(filepath) as temporary:
+            if max_shard_size is not None:
+                super().save_weights(temporary, max_shard_size=max_shard_size, **options)
+                return
+            memory = _Memory(temporary.name)
+            super().save_weights(memory, **options)
+            temporary.write_bytes(memory.getvalue())
 
     def export(self, filepath, format="tf_saved_model", **options):
         """Export for serving, as ``keras.Model.export`` does.
@@ -168,7 +191,11 @@ class ResumableModel(keras.Model):
         archive.track(self)
         for name, (function, signature) in self._endpoints().items():
             archive.add_endpoint(name, function, input_signature=signature)
-        self._write(lambda path: archive.write_out(path, **options), filepath, True, {})
+        if _is_for_keras(filepath):
+            archive.write_out(filepath, **options)
+            return
+        with replacing(filepath) as temporary:
+            archive.write_out(str(temporary), **options)
 
     @classmethod
     def load(cls, filepath, **options):
@@ -197,16 +224,27 @@ class ResumableModel(keras.Model):
             raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
         return model
 
-    def _write(self, write, filepath, overwrite, options):
-        path = Path(filepath)
-        if "://" in str(filepath) or (not overwrite and path.exists()):  # not a local file; Keras asks
-            write(filepath, **({} if overwrite else {"overwrite": False}), **options)
-            return
-        with replacing(path) as temporary:
-            write(str(temporary), **options)
-
     def _check_points(self, name, x):
         return check_points(name, x, self.event_shape, self.variable_dtype, self.smallest_noise_std)
+
+    def _check_batches(self, spec):
+        spec = spec[0] if isinstance(spec, tuple) else spec
+        if not isinstance(spec, tf.TensorSpec):
+            raise ValueError(f"a batch of x must be one tensor of points, got {spec}")
+        if not (spec.dtype.is_floating or spec.dtype.is_integer):
+            raise ValueError(f"x must be real numbers (floats or integers), got {spec.dtype.name}")
+        event_shape = self.event_shape
+        if event_shape is not None and not spec.shape[1:].is_compatible_with(event_shape):
+            raise ValueError(
+                f"batches of x must have shape {format_shape(('batch', *event_shape))}, got {tuple(spec.shape)}"
+            )
+
+    def _unpack(self, data):
+        """The points of a batch, in whatever form Keras passes it on."""
+        x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if sample_weight is not None:
+            raise ValueError("sample weights are not supported: each point weighs the same")
+        return x
 
     def _has_trained_on(self, dataset):
         last = getattr(self, "_last_dataset", lambda: None)()
@@ -314,6 +352,22 @@ def replacing(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Memory(io.BytesIO):
+    """A file in memory, where HDF5 writes first: on a full disk it would crash the process."""
+
+    def __init__(self, name):
+        super().__init__()
+        self._name = name
+
+    def __str__(self):  # Keras looks at the end of it
+        return self._name
+
+
+def _is_for_keras(filepath, overwrite=True):
+    """Whether Keras has to write by itself: a file that is not local, or one that it has to ask about."""
+    return "://" in str(filepath) or (not overwrite and Path(filepath).exists())
+
+
 # ---------------------------------------------------------------------------------------------- order of the data
 
 
@@ -368,7 +422,7 @@ class _Run(keras.callbacks.Callback):
             self._start = self.steps_before, self.position
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.model.jit_compile:  # XLA leaves out the checks within a step
+        if self.model.jit_compile and not self.model.stop_training:  # XLA leaves out the checks within a step
             for name, value in logs.items():
                 if not np.isfinite(value):
                     raise _not_finite(name, self.model.num_steps)
@@ -460,7 +514,7 @@ class _ShuffledBatches(keras.utils.PyDataset):
 
 
 def _is_array(x):
-    return hasattr(x, "__array__") or isinstance(x, (list, tuple))
+    return hasattr(x, "__array__") or isinstance(x, (list, tuple, numbers.Number))
 
 
 def _split(x, validation_split):

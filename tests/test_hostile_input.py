@@ -1,0 +1,359 @@
+"""Data, networks and settings that must end in a clear error, or work."""
+
+import warnings
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+from keras.optimizers import SGD, Adam
+
+from energy_models import DDE, EGM, build_energy_net, build_generator
+from training import check_points
+
+HUGE = np.float32(3e38)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_dde(learning_rate=0.01, **options):
+    # Unlike tanh, softplus has no bounds: too high a learning rate makes it overflow.
+    dde = DDE(build_energy_net(2, False, (5,), "softplus", num_features=3), 0.3, seed=1)
+    dde.compile(SGD(learning_rate), **options)
+    return dde
+
+
+def make_egm(learning_rate=0.01, **options):
+    generator = build_generator(widths=(5,), num_features=3)
+    nets = [build_energy_net(2, True, (5,), "softplus", num_features=3, seed=seed) for seed in (1, 2)]
+    egm = EGM(*(DDE(net, (0.2, 1.5), seed=1) for net in nets), generator, dde_steps=2, seed=1)
+    egm.compile(SGD(learning_rate), SGD(learning_rate), **options)
+    return egm
+
+
+def with_entry(value, row=2):
+    x = normal(6, 2)
+    x[row, 1] = value
+    return x
+
+
+class Nothing:
+    """Something that is no data at all."""
+
+
+BAD_DATA = {
+    "None": (None, "got x=None"),
+    "NaN": (with_entry(np.nan), r"NaN.* in 1 of 6 points, first at index 2: \["),
+    "infinity": (with_entry(-np.inf, row=4), "first at index 4"),
+    "too large for float32": (np.full((6, 2), 1e39), "too large for float32 in 6 of 6"),
+    "too large for its noise": (normal(6, 2) + 1e8, r"lie 8 apart, too far for a noise_std of 0\.3: subtract the mean"),
+    "integers too large": (np.full((6, 2), 2**40), "subtract the mean"),
+    "no points": (np.zeros((0, 2)), r"at least one point, got shape \(0, 2\)"),
+    "a number": (1.0, r"must have shape \(n, 2\), got \(\)"),
+    "a scalar array": (np.array(1.0), r"must have shape \(n, 2\), got \(\)"),
+    "a vector": (normal(6), r"must have shape \(n, 2\), got \(6,\)"),
+    "a matrix too many": (normal(6, 2, 1), r"must have shape \(n, 2\), got \(6, 2, 1\)"),
+    "another dimension": (normal(6, 3), r"must have shape \(n, 2\), got \(6, 3\)"),
+    "two arrays": ([normal(6, 2), normal(6, 2)], r"must have shape \(n, 2\), got \(2, 6, 2\)"),
+    "ragged lists": ([[1.0, 2.0], [3.0]], "must be an array of points"),
+    "text": (np.array([["a", "b"]]), "must be real numbers .* got <U1"),
+    "objects": (np.array([[None, 1.0]]), "must be real numbers .* got object"),
+    "booleans": (np.ones((6, 2), bool), "must be real numbers .* got bool"),
+    "complex numbers": (np.ones((6, 2), complex), "must be real numbers .* got complex128"),
+    "dates": (np.zeros((6, 2), "M8[s]"), "must be real numbers"),
+    "a dict": ({"x": normal(6, 2)}, "must be an array or batches of points, got a dict"),
+    "an object": (Nothing(), "must be an array or batches of points, got a Nothing"),
+    "an empty dataset": (tf.data.Dataset.from_tensor_slices(np.zeros((0, 2))).batch(2), "at least one batch"),
+    "an endless dataset": (tf.data.Dataset.from_tensors(normal(6, 2)).repeat(), "endless .* steps_per_epoch"),
+    "a dataset without batches": (tf.data.Dataset.from_tensor_slices(normal(6, 2)), r"\(batch, 2\), got \(2,\)"),
+    "a dataset of other points": (
+        tf.data.Dataset.from_tensors(normal(6, 3)),
+        r"\(batch, 2\), got \(None, 3\)|\(6, 3\)",
+    ),
+    "a dataset of text": (tf.data.Dataset.from_tensors([["a", "b"]]), "must be real numbers.* got string"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+@pytest.mark.parametrize("make_model", [make_dde, make_egm])
+def test_bad_data_are_refused_and_change_nothing(make_model, name):
+    if make_model is make_egm and name in ("too large for its noise",):
+        pytest.skip("its message names another noise")
+    x, message = BAD_DATA[name]
+    model = make_model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        model.fit(x, verbose=0)
+    for weight, old in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, old)
+
+
+@pytest.mark.parametrize("name", ["NaN", "no points", "another dimension", "text", "too large for its noise"])
+def test_bad_data_are_refused_everywhere(name):
+    x, message = BAD_DATA[name]
+    with pytest.raises(ValueError, match=message):
+        make_dde().evaluate(x, verbose=0)
+    with pytest.raises(ValueError, match="validation_data"):
+        make_dde().fit(normal(6, 2), validation_data=x, verbose=0)
+
+
+def test_bad_batches_stop_training_at_their_step():
+    batches = [normal(4, 2) for _ in range(5)]
+    batches[3][1, 0] = np.nan
+    for make_model in (make_dde, make_egm):
+        model, reference = make_model(), make_model()
+        with pytest.raises(FloatingPointError, match=r"the batch of data is not finite.* stopped at step 4"):
+            model.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches)), verbose=0)
+        reference.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches[:3])), verbose=0)
+        for weight, last_good in zip(model.get_weights(), reference.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, last_good)
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
+@pytest.mark.parametrize("make_model", [make_dde, make_egm])
+def test_diverging_training_stops_with_finite_weights(make_model, options):
+    model = make_model(learning_rate=1e18, **options)
+    with pytest.raises(FloatingPointError, match=r"is not finite: training has stopped at step \d+, and the weights"):
+        model.fit(normal(40, 2), batch_size=4, epochs=10, verbose=0)
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    assert model.num_steps < 100
+
+
+def test_a_loop_written_by_hand_stops_too():
+    dde = make_dde(learning_rate=1e18)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="is not finite"):
+        for _ in range(100):
+            dde.train_on_batch(normal(8, 2))
+    assert all(np.isfinite(weight).all() for weight in dde.get_weights())
+
+
+def test_terminate_on_nan_ends_quietly_what_xla_cannot_stop():
+    dde = make_dde(learning_rate=1e18, jit_compile=True)
+    history = dde.fit(normal(40, 2), batch_size=4, epochs=10, verbose=0, callbacks=keras.callbacks.TerminateOnNaN())
+    assert np.isnan(history.history["loss"][-1])
+    assert len(history.epoch) < 10
+    assert all(np.isfinite(weight).all() for weight in dde.get_weights())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"steps_per_epoch": -1}, "steps_per_epoch must be an integer of at least 1, got -1"),
+        ({"sample_weight": np.ones(6)}, "sample_weight are not supported"),
+        ({"class_weight": {0: 1.0}}, "class_weight and sample_weight are not supported"),
+        ({"validation_split": 1.0}, "validation_split must be at least 0 and less than 1, got 1.0"),
+        ({"validation_split": -0.5}, "validation_split must be at least 0 and less than 1, got -0.5"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_dde().fit(normal(6, 2), verbose=0, **options)
+
+
+def test_batches_with_weights_are_refused():
+    x = normal(6, 2)
+    batches = tf.data.Dataset.from_tensors((x, np.zeros(6), np.ones(6)))
+    for make_model in (make_dde, make_egm):
+        with pytest.raises(ValueError, match="weights are not supported"):
+            make_model().fit(batches, verbose=0)
+        with pytest.raises(ValueError, match="sample_weight is not supported"):
+            make_model().evaluate(x, sample_weight=np.ones(6), verbose=0)
+
+
+def test_targets_are_ignored():
+    x = normal(6, 2)
+    expected, given, batched = make_dde(), make_dde(), make_dde()
+    expected.fit(x, batch_size=6, shuffle=False, verbose=0)
+    given.fit(x, np.zeros(6), batch_size=6, shuffle=False, verbose=0)
+    batched.fit(tf.data.Dataset.from_tensors((x, np.zeros(6))), verbose=0)
+    for other in (given, batched):
+        for weight, same in zip(expected.get_weights(), other.get_weights(), strict=True):
+            np.testing.assert_allclose(weight, same, rtol=1e-5, atol=1e-8)  # other shapes are known to the graph
+
+
+def test_training_and_export_need_compile_and_shapes():
+    net = build_energy_net()
+    for model in (DDE(net, 0.1), EGM(DDE(net, 0.1), DDE(build_energy_net(), 0.1), build_generator())):
+        with pytest.raises(ValueError, match=r"call compile\(\) before fit\(\): this (DDE|EGM) has no optimizer"):
+            model.fit(normal(6, 2))
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def net_with(*layers):
+    return keras.Sequential([keras.Input((2,)), *layers, keras.layers.Dense(1, use_bias=False)])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: keras.layers.Dense(4, "relu"),
+        lambda: keras.layers.Dense(4, "leaky_relu"),
+        lambda: keras.layers.Dense(4, "relu6"),
+        lambda: keras.layers.Dense(4, "hard_tanh"),
+        lambda: keras.layers.Dense(4, "hard_sigmoid"),
+        lambda: keras.layers.Dense(4, activation=lambda x: keras.ops.maximum(x, 0.3 * x)),
+        lambda: keras.layers.Activation("relu"),
+        keras.layers.ReLU,
+        keras.layers.LeakyReLU,
+        keras.layers.PReLU,
+        lambda: keras.Sequential([keras.layers.Dense(4, "relu")]),
+    ],
+    ids=range(11),
+)
+def test_piecewise_linear_energy_nets_are_warned_of(layer):
+    with pytest.warns(UserWarning, match="piecewise linear: the score .* use a smooth activation such as tanh"):
+        DDE(net_with(layer()), 0.1)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "gelu", "softplus", "elu", "sigmoid", "exponential", None])
+def test_smooth_energy_nets_are_not(activation):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DDE(net_with(keras.layers.Dense(4, activation)), 0.1)
+        EGM(*(DDE(net_with(), 0.1) for _ in range(2)), build_generator(activation="relu"))
+
+
+def test_energy_nets_with_batch_normalization_are_refused():
+    with pytest.raises(ValueError, match=r"batch normalization \(.*\): it makes the log density of a point depend"):
+        DDE(net_with(keras.Sequential([keras.layers.BatchNormalization()])), 0.1)
+
+
+def test_layers_that_differ_in_training_do():
+    dde = DDE(net_with(keras.layers.Dense(5, "tanh"), keras.layers.Dropout(0.9)), 0.3, seed=0)
+    dde.compile(SGD(0.0))
+    x = normal(64, 2)
+    losses = [dde.train_on_batch(x) for _ in range(2)]  # a rate of zero: noise and dropout alone differ
+    assert losses[0] != losses[1]
+    np.testing.assert_array_equal(dde.log_density(x), dde.log_density(x))
+    generator = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+    egm = EGM(*(DDE(net_with(), 0.3) for _ in range(2)), generator)
+    egm.compile()
+    egm.fit(x, epochs=3, verbose=0)
+    moving_mean = next(weight for weight in egm.generator.weights if "moving_mean" in weight.path)
+    assert (moving_mean.numpy() != 0).all()
+    assert np.isfinite(egm.sample(5)).all()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda h: keras.layers.Dense(10)(h), r"one number a point, shape \(batch, 1\); got shape"),
+        (lambda h: [keras.layers.Dense(1)(h), keras.layers.Dense(1)(h)], r"must have 1 output\(s\).* got 2"),
+        (lambda h: keras.layers.Flatten()(h)[:, 0], r"one number a point"),
+    ],
+    ids=["ten", "two", "no axis"],
+)
+def test_networks_with_other_outputs_are_refused(output, message):
+    x = keras.Input((2,))
+    net = keras.Model(x, output(keras.layers.Dense(3, "tanh")(x)))
+    with pytest.raises(ValueError, match=message):
+        DDE(net, 0.1)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_half_precision_is_refused(policy, dtype_policy):
+    dtype_policy(policy)
+    with pytest.raises(ValueError, match=r"must not compute in float16 .* use float32, float64 or mixed_bfloat16"):
+        make_dde()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
+def test_other_precisions_train(policy, dtype_policy):
+    expected = make_egm().dde_real
+    dtype_policy(policy)
+    egm = make_egm()
+    dtype = "float64" if policy == "float64" else "float32"
+    x = normal(64, 2)
+    egm.dde_real.net.set_weights(expected.net.get_weights())
+    for value, reference in zip(egm.dde_real(x), expected(x), strict=True):
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value, reference, rtol=0.05, atol=0.05)
+    history = egm.fit(x, batch_size=16, epochs=2, verbose=0)
+    assert np.isfinite(list(history.history.values())).all()
+    assert egm.sample(4).dtype == dtype
+
+
+@pytest.fixture(name="dtype_policy")
+def dtype_policy_fixture():
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+# ---------------------------------------------------------------------------------------------- anything goes
+
+DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bfloat16"]
+
+
+@hypothesis.given(
+    dtype=st.sampled_from(DTYPES),
+    event_shape=hnp.array_shapes(min_dims=1, max_dims=3, max_side=4),
+    n_points=st.integers(1, 9),
+    batch_size=st.integers(1, 12),
+    noise_std=st.one_of(st.floats(0.05, 3.0), st.tuples(st.floats(0.05, 0.5), st.floats(0.6, 5.0))),
+    kind=st.sampled_from(["array", "tensor", "list", "dataset"]),
+)
+@hypothesis.settings(max_examples=25)
+def test_points_of_any_shape_type_and_number_train(dtype, event_shape, n_points, batch_size, noise_std, kind):
+    x = tf.cast(3.0 * normal(n_points, *event_shape), dtype)
+    data = {
+        "array": lambda: x.numpy(),
+        "tensor": lambda: x,
+        "list": lambda: x.numpy().tolist(),
+        "dataset": lambda: tf.data.Dataset.from_tensor_slices(x).batch(batch_size),
+    }[kind]()
+    dde = DDE(net_of_events(event_shape, isinstance(noise_std, tuple)), noise_std, seed=0)
+    dde.compile(Adam(1e-3), run_eagerly=True)
+    before = dde.get_weights()
+    history = dde.fit(data, batch_size=None if kind == "dataset" else batch_size, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert dde.num_steps == -(-n_points // batch_size)
+    assert any((weight != old).any() for weight, old in zip(dde.get_weights(), before, strict=True))
+    log_density, score = dde(x)
+    assert log_density.shape == (n_points, 1)
+    assert score.shape == x.shape
+    assert np.isfinite(log_density).all() and np.isfinite(score).all()
+    expected, given = dde.denoise(x), tf.cast(x, tf.float32) + dde.noise_range[0] ** 2 * score
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+
+
+def net_of_events(event_shape, in_range):
+    x = keras.Input(event_shape)
+    hidden = keras.layers.Flatten()(x)
+    inputs = x
+    if in_range:
+        log_noise_std = keras.Input((1,))
+        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
+        inputs = [x, log_noise_std]
+    hidden = keras.layers.Dense(4, "tanh")(hidden)
+    return keras.Model(inputs, keras.layers.Dense(1, use_bias=False)(hidden))
+
+
+@hypothesis.given(
+    x=hnp.arrays(
+        dtype=st.sampled_from(["float16", "float32", "float64", "int32", "bool", "complex64", "U2"]),
+        shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    ),
+    noise_std=st.floats(1e-3, 10.0),
+)
+@hypothesis.settings(max_examples=300)
+def test_data_are_taken_as_they_are_or_refused(x, noise_std):
+    try:
+        points = check_points("x", x, (2,), "float32", noise_std)
+    except ValueError as error:
+        assert str(error).startswith("x must") or "x are as large as" in str(error)
+        return
+    assert points.dtype == "float32"
+    assert points.shape == x.shape
+    assert x.ndim == 2 and x.shape[1] == 2 and len(x) > 0
+    assert np.abs(points.astype(float) - x.astype(float)).max() <= 0.1 * noise_std
