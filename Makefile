@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 INSTALLED_PEERS := $(VENV)/.installed-peers
+INSTALLED_BROWSER := $(VENV)/.installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial models benchmark test test-slow lint format clean
+.PHONY: help tutorial models benchmark test test-slow test-browser lint format clean
 
 help: ## List the targets
-	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- What the project makes ---
 
@@ -31,10 +32,16 @@ benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (an hour or two
 # --- Checks ---
 
 test: $(INSTALLED) ## Run the tests
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow and not browser"
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow
+
+# Selenium comes from PyPI, the browser from the system.
+test-browser: $(INSTALLED) $(INSTALLED_BROWSER) ## Run the notebook in JupyterLab in Chromium (two minutes)
+	@test -x /usr/bin/chromium && test -x /usr/bin/chromedriver || { \
+	    echo "Chromium or its driver is missing: apt-get install chromium chromium-driver" >&2; exit 1; }
+	$(VENV)/bin/python -m pytest -m browser
 
 lint: $(INSTALLED) ## Check style and formatting of modules and notebooks
 	$(VENV)/bin/ruff check
@@ -64,4 +71,8 @@ $(INSTALLED): requirements.txt tests/requirements.txt constraints.txt | $(VENV)/
 
 $(INSTALLED_PEERS): benchmarks/requirements.txt $(INSTALLED)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r benchmarks/requirements.txt -c constraints.txt
+	@touch $@
+
+$(INSTALLED_BROWSER): tests/requirements-browser.txt $(INSTALLED)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r tests/requirements-browser.txt -c constraints.txt
 	@touch $@
