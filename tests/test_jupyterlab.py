@@ -241,6 +241,8 @@ def test_gifs_are_shown_inline(bar_values, browser, folder, screenshots):
     for name in GIFS:
         width, height = wait_for(lambda name=name: image_size(browser, name), 20)
         assert (height, width) == iio.imread(folder / "example_images" / name).shape[1:3]
+    script = "return [...document.images].filter((image) => image.alt.endsWith('.gif')).map((image) => image.offsetTop)"
+    assert len(set(browser.execute_script(script))) == 1  # side by side
     browser.save_screenshot(screenshots / "gifs.png")
 
 
