@@ -412,9 +412,7 @@ class DDE(ResumableModel):
 
     def compile(self, optimizer=None, **kwargs):
         """Set the optimizer; None is ``Adam(1e-3)``. Other arguments as for ``keras.Model.compile``."""
-        kwargs.setdefault("jit_compile", False)  # no faster for small networks, and other random numbers
         super().compile(optimizer=keras.optimizers.Adam(1e-3) if optimizer is None else optimizer, **kwargs)
-        self._compile_options = kwargs
         if self.built:
             self.optimizer.build(self.trainable_variables)  # only a built optimizer is saved with its slots
 
@@ -648,11 +646,9 @@ class EGM(ResumableModel):
             gen_optimizer: the generator's. None is ``Adam(2e-3, beta_1=0.5)``.
             **kwargs: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
         """
-        kwargs.setdefault("jit_compile", False)  # no faster for small networks, and other random numbers
         super().compile(optimizer=None, **kwargs)
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
         gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(2e-3, beta_1=0.5))
-        self._compile_options = kwargs
         # An optimizer belongs to the variables it was built on.
         self.dde_real_optimizer = _copy_optimizer(dde_optimizer, self.dde_real.trainable_variables)
         self.dde_fake_optimizer = _copy_optimizer(dde_optimizer, self.dde_fake.trainable_variables)

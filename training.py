@@ -32,6 +32,28 @@ class ResumableModel(keras.Model):
     or None while it is not known; and ``smallest_noise_std``. ``_endpoints`` says what ``export`` serves.
     """
 
+    def compile(self, optimizer, jit_compile=False, steps_per_execution=1, **options):
+        """Set what training needs, as ``keras.Model.compile`` does.
+
+        Args:
+            optimizer: ``keras.optimizers.Optimizer``, or None where a subclass has several.
+            jit_compile: whether XLA compiles the step. It is no faster for small networks and draws other random
+                numbers.
+            steps_per_execution: number of steps between two looks of the callbacks.
+            **options: others of ``keras.Model.compile``.
+
+        Raises:
+            ValueError: for ``jit_compile`` or ``steps_per_execution`` on several devices, where Keras fails with them.
+        """
+        if self.distribute_strategy.num_replicas_in_sync > 1 and (jit_compile or steps_per_execution != 1):
+            raise ValueError(
+                "on several devices, jit_compile must be False and steps_per_execution 1, "
+                f"got {jit_compile!r} and {steps_per_execution!r}"
+            )
+        options.update(jit_compile=jit_compile, steps_per_execution=steps_per_execution)
+        super().compile(optimizer=optimizer, **options)
+        self._compile_options = options  # what a file has to keep
+
     def fit(
         self,
         x=None,
