@@ -77,8 +77,8 @@ class ResumableModel(keras.Model):
         callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass,
         by ``seed`` and the number of steps made, and so are the batches of a ``PyDataset``. A ``tf.data.Dataset``
         is read up to the batch that comes next, so that it has to repeat itself: give its ``shuffle`` a seed. A run
-        restored within an epoch completes it, but for a ``PyDataset``, whose epoch starts again. A Python generator
-        starts anew, always.
+        restored within an epoch completes it, but not that of a ``PyDataset`` or with a rest of steps that
+        ``steps_per_execution`` leaves: those epochs start again. A Python generator starts anew, always.
 
         Args:
             x: points (n, *event) as an array of real numbers, or batches of them (batch, *event) from a
@@ -122,12 +122,12 @@ class ResumableModel(keras.Model):
                 x, validation_data = _split(x, validation_split)
                 validation_split = 0.0
             batch_size = batch_size or 32
-            run.steps_per_epoch = steps_per_epoch or _count_batches(x, batch_size)
+            run.set_epochs(_count_batches(x, batch_size), steps_per_epoch)
             x = _batches_of_array(x, batch_size, shuffle, self.seed, run)
         elif isinstance(x, tf.data.Dataset):
             self._check_batches(x.element_spec)
-            run.steps_per_epoch = steps_per_epoch or _length(x)
-            if run.steps_per_epoch is not None:
+            run.set_epochs(_length(x, steps_per_epoch), steps_per_epoch)
+            if run.is_endless:
                 x = _batches_of_dataset(x, run, goes_on=self._has_trained_on(x))
         elif isinstance(x, keras.utils.PyDataset) and shuffle and x.num_batches and steps_per_epoch is None:
             run.steps_per_epoch = x.num_batches
@@ -150,7 +150,7 @@ class ResumableModel(keras.Model):
                 validation_data=validation_data,
                 shuffle=shuffle and not isinstance(x, tf.data.Dataset),  # Keras warns that it cannot
                 initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch if isinstance(x, keras.utils.PyDataset) else run.steps_per_epoch,
+                steps_per_epoch=run.steps_per_epoch if run.is_endless else steps_per_epoch,
                 **options,
             )
 
@@ -400,14 +400,25 @@ class _Run(keras.callbacks.Callback):
         super().__init__()
         self.set_model(model)
         self.steps_per_epoch = None  # stays None where the data do not know their length
+        self.is_endless = False  # whether the data of all epochs come from one iterator
         self.before_epochs = []  # functions to call once a callback may have restored the model
-        self.can_end_epochs = True
         self.ends_epoch = False
         self._steps_at_start = model.num_steps
         self._initial_epoch = initial_epoch
         self._steps_before = None
         self._start = None
         self._steps_left = None
+
+    def set_epochs(self, num_batches, steps_per_epoch):
+        """Take the length of an epoch: the number of batches in the data, if it is known, or what the user says."""
+        self.steps_per_epoch = steps_per_epoch or num_batches
+        # Several steps at once cannot end within an epoch, unless the data do.
+        in_one_go = self.model.steps_per_execution
+        self.is_endless = self.steps_per_epoch is not None and self.steps_per_epoch % in_one_go == 0
+        if steps_per_epoch and not self.is_endless:
+            raise ValueError(
+                f"steps_per_epoch must be a multiple of steps_per_execution={in_one_go}, got {steps_per_epoch}"
+            )
 
     @property
     def position(self):
@@ -433,7 +444,7 @@ class _Run(keras.callbacks.Callback):
             self._steps_before = self.model.num_steps - (self.model._initial_epoch or 0) * self.steps_per_epoch
         self.model._initial_epoch = self.position // self.steps_per_epoch
         steps_made = self.position % self.steps_per_epoch
-        if steps_made and self.can_end_epochs:
+        if steps_made and self.is_endless:
             self._steps_left = self.steps_per_epoch - steps_made
         for function in self.before_epochs:
             function()
@@ -496,7 +507,10 @@ def _batches_of_array(x, batch_size, shuffle, seed, run):
         passes = tf.data.Dataset.counter(steps_before + position // num_batches * num_batches, num_batches)
         return passes.flat_map(make_pass).skip(position % num_batches)
 
-    return run.from_position(make_batches).prefetch(tf.data.AUTOTUNE)
+    batches = run.from_position(make_batches)
+    if not run.is_endless:
+        batches = batches.take(num_batches).apply(tf.data.experimental.assert_cardinality(num_batches))
+    return batches.prefetch(tf.data.AUTOTUNE)
 
 
 def _batches_of_dataset(dataset, run, goes_on):
@@ -515,7 +529,6 @@ class _ShuffledBatches(keras.utils.PyDataset):
         self._batches, self._seed, self._model = batches, seed, run.model
         self._shuffle()
         run.before_epochs.append(self._shuffle)
-        run.can_end_epochs = False  # Keras starts none before it has seen the last one's end
 
     @property
     def num_batches(self):
@@ -552,23 +565,19 @@ def _count_batches(x, batch_size):
     return -(-len(x) // batch_size)
 
 
-def _length(dataset):
+def _length(dataset, steps_per_epoch):
     """Return the number of batches of a ``tf.data.Dataset``, None if it is not known."""
     length = int(dataset.cardinality())
     if length == 0:
         raise ValueError("x must hold at least one batch, got an empty tf.data.Dataset")
-    if length == tf.data.INFINITE_CARDINALITY:
+    if length == tf.data.INFINITE_CARDINALITY and steps_per_epoch is None:
         raise ValueError("x is an endless tf.data.Dataset: say how many steps_per_epoch to take from it")
-    return None if length == tf.data.UNKNOWN_CARDINALITY else length
+    return length if length > 0 else None
 
 
 def _add_callbacks(callbacks, run):
     """Add ours to the callbacks of the user, and mend the files of those that restore."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        for callback in (_NextEpoch(run), run):
-            callbacks.append(callback)
-        return callbacks
-    callbacks = [] if callbacks is None else callbacks
+    callbacks = [] if callbacks is None else getattr(callbacks, "callbacks", callbacks)  # of a CallbackList
     callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.BackupAndRestore):
