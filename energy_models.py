@@ -594,8 +594,6 @@ class EGM(ResumableModel):
         self.loss_dde_real_tracker = keras.metrics.Mean("loss_dde_real")
         self.loss_dde_fake_tracker = keras.metrics.Mean("loss_dde_fake")
         self.gen_loss_tracker = keras.metrics.Mean("gen_loss")
-        for tracker in self.metrics:
-            tracker._direction = "down"  # tells callbacks that monitor it what is better
         self.built = True
 
     def call(self, z):

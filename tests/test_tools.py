@@ -117,13 +117,15 @@ ROWS = {
             "callbacks": [
                 callbacks.ModelCheckpoint(folder / "{epoch}.keras"),
                 callbacks.ModelCheckpoint(folder / "{epoch}.weights.h5", save_weights_only=True),
-                callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True, monitor=LOSSES[kind][-1]),
+                callbacks.ModelCheckpoint(
+                    folder / "best.keras", save_best_only=True, monitor=LOSSES[kind][-1], mode="min"
+                ),
             ]
         },
     ),
     "EarlyStopping": Row(
         has_stopped_early,
-        lambda folder, kind: {"callbacks": callbacks.EarlyStopping(LOSSES[kind][-1], min_delta=9.0, patience=1)},
+        lambda folder, kind: {"callbacks": callbacks.EarlyStopping(LOSSES[kind][-1], 9.0, 1, mode="min")},
     ),
     "TerminateOnNaN": Row(is_plain, lambda folder, kind: {"callbacks": [callbacks.TerminateOnNaN()]}),
     "TensorBoard": Row(has_events, lambda folder, kind: {"callbacks": callbacks.TensorBoard(folder / "events")}),
