@@ -48,8 +48,9 @@ def test_snippet_trains_saves_and_serves(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     dde = run_snippet(2)["dde"]
     x = sample_2d_data("rings", 5, rng=0)
-    for served, expected in zip(tf.saved_model.load("served").serve(x), type(dde).load("dde.keras")(x), strict=True):
-        np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-4)
+    served = tf.saved_model.load("served")
+    for given, expected in zip(served.serve(x), type(dde).load("dde.keras")(x), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_links_to_files_exist():
