@@ -43,8 +43,12 @@ class ResumableModel(keras.Model):
             **options: others of ``keras.Model.compile``.
 
         Raises:
-            ValueError: for ``jit_compile`` or ``steps_per_execution`` on several devices, where Keras fails with them.
+            ValueError: for a loss or metrics, which are built in; for ``jit_compile`` or ``steps_per_execution`` on
+                several devices, where Keras fails with them.
         """
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"{name} cannot be given: the losses that are trained and reported are built in")
         if self.distribute_strategy.num_replicas_in_sync > 1 and (jit_compile or steps_per_execution != 1):
             raise ValueError(
                 "on several devices, jit_compile must be False and steps_per_execution 1, "
@@ -134,6 +138,8 @@ class ResumableModel(keras.Model):
             x, shuffle = _ShuffledBatches(x, self.seed, run), False
         elif isinstance(x, (dict, str)) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
             raise ValueError(f"x must be an array or batches of points, got a {type(x).__name__}")
+        if isinstance(validation_data, tuple):
+            validation_data = self._unpack(validation_data)
         if _is_array(validation_data):
             validation_data = self._check_points("validation_data", validation_data)
             options.setdefault("validation_batch_size", batch_size or 32)
@@ -192,10 +198,11 @@ class ResumableModel(keras.Model):
     def export(self, filepath, format="tf_saved_model", **options):
         """Export for serving, as ``keras.Model.export`` does.
 
-        The endpoints of a SavedModel are methods of ``tf.saved_model.load(filepath)``: for a ``DDE``, ``serve(x)``,
-        which returns log density and score, and with a range of levels ``serve_level(x, noise_std)``; for an ``EGM``,
-        ``serve(z)``, which maps latents to points, ``sample(n_samples, seed)``, and ``log_density_and_score(x)`` of the
-        data. Points, latents and levels are float32 tensors, the two numbers are int32 scalars.
+        The endpoints of a SavedModel are methods of the object that ``tf.saved_model.load(filepath)`` returns. A
+        ``DDE`` has ``serve(x)``, which returns log density and score, and with a range of levels
+        ``serve_level(x, noise_std)``. An ``EGM`` has ``serve(z)``, which maps latents to points,
+        ``sample(n_samples, seed)``, and ``log_density_and_score(x)`` of the data. Points, latents and levels are
+        tensors of the model's type, the two numbers int32 scalars.
 
         Args:
             filepath: folder to write.
@@ -361,8 +368,13 @@ def replacing(path):
 
     Yields:
         A temporary ``pathlib.Path`` of the same name to write to. Whatever else is written beside it comes along.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
     """
     path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield folder / path.name

@@ -186,6 +186,13 @@ def test_training_and_export_need_compile_and_shapes():
             model.fit(normal(6, 2))
 
 
+@pytest.mark.parametrize("option", ["loss", "metrics"])
+def test_losses_are_built_in(option):
+    for make_model in (make_dde, make_egm):
+        with pytest.raises(ValueError, match=f"{option} cannot be given"):
+            make_model(**{option: ["mse"]})
+
+
 # ---------------------------------------------------------------------------------------------- networks
 
 

@@ -139,6 +139,7 @@ ROWS = {
     "jit_compile": Row(is_as_long, compile=lambda: {"jit_compile": True}),
     "run_eagerly": Row(is_nearly_plain, compile=lambda: {"run_eagerly": True}),
     "validation_data": Row(has_validated, lambda folder, kind: {"validation_data": X[:5]}),
+    "validation_data with targets": Row(has_validated, lambda folder, kind: {"validation_data": (X[:5], X[:5, 0])}),
     "validation_data in batches": Row(
         has_validated, lambda folder, kind: {"validation_data": tf.data.Dataset.from_tensor_slices(X[:5]).batch(4)}
     ),

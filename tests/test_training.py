@@ -384,6 +384,11 @@ def test_replacing_keeps_links_and_brings_companions(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write model\.keras to"):
+        make_model("DDE").save(tmp_path / "nowhere" / "model.keras")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_model_goes_on_like_the_saved_one(kind, tmp_path):
     model = make_model(kind)
