@@ -485,7 +485,9 @@ class DDE(ResumableModel):
         low, high = self.noise_range
         level = low if noise_std is None else noise_std
         if not tf.is_tensor(level) or tf.executing_eagerly():  # the values in a graph are not known yet
-            level = np.asarray(level, dtype=np.float64)
+            level = np.asarray(level)
+            if level.dtype.kind not in "fiu":
+                raise ValueError(f"noise_std must be a number or one a point, got {noise_std!r}")
             if level.ndim and level.shape not in ((x.shape[0],), (x.shape[0], 1)):
                 raise ValueError(f"noise_std must be a number or one a point, ({x.shape[0]},); got shape {level.shape}")
             # The tolerance forgives levels that went through float32.
@@ -869,15 +871,13 @@ def _descend(model, optimizer, network, name, part, loss):
         weighed = part.weigh(value)
     variables = network.trainable_variables  # read here: the loss is what builds a network without an Input
     gradients = tape.gradient(weighed, variables)
+    known = [gradient for gradient in gradients if gradient is not None]  # of weights that the loss depends on
     if not model.jit_compile:
-        gradients = [
-            None if gradient is None else check_finite(gradient, f"the gradient of {name}") for gradient in gradients
-        ]
-        value = check_finite(value, name)
-        with tf.control_dependencies([value, *filter(lambda gradient: gradient is not None, gradients)]):
+        checks = [check_finite(value, name), *(check_finite(gradient, f"the gradient of {name}") for gradient in known)]
+        with tf.control_dependencies(checks):
             optimizer.apply(gradients, variables)  # and counts the step
         return value
-    is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (value, *gradients)])
+    is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (value, *known)])
     tf.cond(is_finite, lambda: optimizer.apply(gradients, variables), lambda: None)
     return tf.where(is_finite, value, math.nan)
 
