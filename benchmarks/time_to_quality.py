@@ -106,12 +106,13 @@ def write_results(curves, arguments):
         rows.append((f"{seconds:.0f} s", f"{value:.3f}", f"{reached:.1f} s", f"{seconds / reached:.0f}"))
     every = max(1, len(rows) // 8)
     rows = rows[::-1][::every][::-1]  # the last one is always shown
+    steps = measured_steps(arguments.published_steps)[len(published) - 1]
     header = ["Published recipe after", "Total variation", "Ours is there after", "Times faster"]
     text = (
         "![total variation against seconds](time_to_quality.png)\n\n"
         f"{report.make_table(header, rows)}\n\n"
         f"Ours goes on to {ours[-1][1]:.3f} after {ours[-1][0]:.0f} s. Data set {arguments.dataset}, seed "
-        f"{arguments.seed}, {arguments.published_steps} steps of the published recipe (all of it: 4000).\n\n"
+        f"{arguments.seed}, {steps} of the 4000 steps of the published recipe.\n\n"
         f"{report.describe_run(['tensorflow', 'keras'])}"
     )
     report.write_section("time to quality", text)
