@@ -76,7 +76,7 @@ def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
         The trained ``EGM``.
     """
     egm = build_egm(seed, epochs)
-    options = {"epochs": epochs, "steps_per_epoch": STEPS_PER_EPOCH, "shuffle": False, "verbose": 0, **options}
+    options = {"epochs": epochs, "steps_per_epoch": STEPS_PER_EPOCH, "verbose": 0, **options}
     egm.fit(make_batches(dataset, seed), **options)
     return egm
 
