@@ -32,7 +32,7 @@ benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (an hour or two
 # --- Checks ---
 
 test: $(INSTALLED) ## Run the tests
-	$(VENV)/bin/python -m pytest -m "not slow and not browser"
+	$(VENV)/bin/python -m pytest -m "not slow and not browser" -n auto --maxprocesses 4 --dist loadscope
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow

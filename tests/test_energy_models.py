@@ -1232,7 +1232,9 @@ def test_network_that_does_not_fit_the_noise_is_refused():
         DDE(build_energy_net(noise_conditional=True, **options), 0.1)
 
 
-@pytest.mark.parametrize("net", [None, "net", np.square, make_dde], ids=repr)
+@pytest.mark.parametrize(
+    "net", [None, "net", np.square, make_dde], ids=["None", "text", "function of NumPy", "function"]
+)
 def test_networks_that_are_none_are_refused(net):
     with pytest.raises(ValueError, match=r"net must be a keras\.Model, got"):
         DDE(net, 0.1)
