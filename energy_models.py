@@ -23,9 +23,9 @@ _PACKAGE = "egm_dde"
 # Every draw is counter-based: a pure function of (seed, purpose, step), so that a resumed run repeats exactly the draws
 # of an uninterrupted one, and several devices share out the draws of one. Each purpose and step has a stream of random
 # numbers of its own ...
-_TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE = range(6)
+_TRAIN, _EVALUATE, _GENERATOR, _REAL, _FAKE, _SAMPLE, _LANGEVIN, _ANNEALED_LANGEVIN, _PARTITION = range(9)
 # ... and these are places in a stream, too far apart to overlap.
-_NOISE, _LEVELS, _LATENTS, _ORDER = (part << 61 for part in range(4))
+_NOISE, _LEVELS, _LATENTS, _ORDER, _ACCEPTANCE = (part << 61 for part in range(5))
 
 
 # ---------------------------------------------------------------------------------------------- networks
