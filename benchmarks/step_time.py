@@ -67,7 +67,7 @@ def prepare_tensorflow(problem):
         model.generator.weights[-1].numpy()  # wait for the last step
 
     def losses(x, z, log_noise_std, noise):
-        def replay(points, _):
+        def replay(points, *_):
             return points + tf.exp(log_noise_std) * noise, tf.constant(noise), tf.constant(log_noise_std)
 
         for dde in (model.dde_real, model.dde_fake):
