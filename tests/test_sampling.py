@@ -239,6 +239,17 @@ def test_log_partition_of_one_low_level_with_far_modes():
         assert_estimates(log_partition(dde, data, method, n_samples=5000, seed=4), largest_error=0.03)
 
 
+def test_annealing_goes_where_the_score_leads():
+    # A step that is accepted or rejected is exact with a wrong score, too, but it does not get far.
+    axes = rotation(8)
+    dde = exact_dde(0.1, [np.zeros(8)], axes * np.geomspace(0.05, 2, 8) @ axes.T)
+    data = draw_data(dde, 4000)
+    data += 0.7 * data.std(axis=0)
+    result = log_partition(dde, data, "annealed", n_samples=2000, num_steps=100, seed=7)
+    assert_estimates(result)
+    assert result.effective_sample_size > 1300  # a wrong sign leaves 150, a transposed factor 570
+
+
 def test_standard_error_is_the_scatter_of_estimates():
     dde = exact_8gaussians(noise_std=0.1)
     data = sample_2d_data("8gaussians", 4000, rng=0)
