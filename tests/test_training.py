@@ -281,7 +281,7 @@ def test_training_again_in_one_process_starts_at_the_first_epoch(tmp_path):
 
 def test_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
     program = Path(__file__).with_name("resumable_run.py")
-    delays = [random.uniform(0.0, 1.0) for _ in range(2)]
+    delays = [random.uniform(0.0, 0.5) for _ in range(2)]
 
     def run_and_kill(kind):
         folder = tmp_path / kind
