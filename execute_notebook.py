@@ -10,7 +10,6 @@ updates: its ``text/plain`` form is shown.
 """
 
 import argparse
-import os
 import re
 import shutil
 import signal
@@ -24,6 +23,8 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+from files import replacing
 
 SECONDS_BETWEEN_LINES = 10  # of progress, where lines cannot be rewritten
 
@@ -154,19 +155,6 @@ def format_duration(seconds):
     return f"{minutes} min {seconds:02d} s"
 
 
-def write_atomically(path, text):
-    """Replaces a file's content, so that at any moment it is either the old one or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def execute_in_place(path, notebook):
     """Executes a notebook and writes it back to its file.
 
@@ -202,7 +190,9 @@ def execute_in_place(path, notebook):
         cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.update(METADATA)
-    write_atomically(file, nbformat.writes(notebook) + "\n")
+    with replacing(file) as temporary:
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+        shutil.copymode(file, temporary)
     print(f"{path} written, {format_duration(time.monotonic() - started)} in total")
 
 

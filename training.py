@@ -9,10 +9,7 @@ import contextlib
 import io
 import json
 import numbers
-import os
 import re
-import shutil
-import tempfile
 import weakref
 import zipfile
 from pathlib import Path
@@ -20,6 +17,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+
+from files import replacing
 
 # What a file of a model has to hold.
 _PARTS_OF_A_FILE = {"config.json", "metadata.json", "model.weights.h5"}
@@ -357,33 +356,6 @@ def check_positive_integer(name, value):
 def format_shape(shape):
     """Write a shape such as ("batch", 2) for people."""
     return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Let a file or folder be written beside ``path``, and put it there once it is complete.
-
-    Args:
-        path: what to replace, or make; a link to it stays a link.
-
-    Yields:
-        A temporary ``pathlib.Path`` of the same name to write to. Whatever else is written beside it comes along.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    path = Path(path).resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield folder / path.name
-        for new in sorted(folder.iterdir(), key=lambda new: new.name == path.name):  # the one asked for comes last
-            if new.is_dir() and (path.parent / new.name).exists():  # only files can be replaced in one go
-                os.rename(path.parent / new.name, folder / f"{new.name}.old")
-            os.replace(new, path.parent / new.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Memory(io.BytesIO):

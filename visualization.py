@@ -8,7 +8,6 @@ a plot during training, ``ProgressBar`` shows the state of a long ``fit`` in a n
 import html
 import math
 import numbers
-import os
 import time
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+
+from files import replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
 VERMILION = "#d55e00"
@@ -240,12 +241,8 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
             break
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder makes os.replace atomic
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(encoded)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class GifCallback(keras.callbacks.Callback):

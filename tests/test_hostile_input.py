@@ -14,8 +14,6 @@ from keras.optimizers import SGD, Adam
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from training import check_points
 
-HUGE = np.float32(3e38)
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -22,7 +22,7 @@ import tensorflow as tf
 from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
 
-import training
+import files
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from visualization import write_gif
 
@@ -364,7 +364,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     path.write_text("old")
     process = os.fork()
     if process == 0:
-        with training.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.write_text("new, but only ha")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(process, 0)
@@ -375,7 +375,7 @@ def test_replacing_keeps_links_and_brings_companions(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to(target)
-    with training.replacing(link) as temporary:
+    with files.replacing(link) as temporary:
         temporary.write_text("new")
         temporary.with_name("companion").write_text("too")
     assert link.is_symlink()
