@@ -1,6 +1,7 @@
 """Denoising density estimators (DDEs) and the energy-based generative models (EGMs) built on them.
 
-Everything that has weights lives here: two network builders, ``DDE`` and ``EGM`` (arXiv:2001.02728).
+Everything that has weights lives here: network builders for points and for images, ``DDE`` and ``EGM``
+(arXiv:2001.02728).
 
 One sign convention throughout: a network outputs a **log density** up to a constant (the energy is its negative),
 the gradient of the log density with respect to the point is the **score**, and at ``x + noise_std * noise`` with
@@ -82,6 +83,33 @@ class RandomFourierFeatures(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
+class NoiseScaling(keras.layers.Layer):
+    """Divide points by sqrt(data_std^2 + noise_std^2), so that they are about as wide at every noise level.
+
+    A network sees noise of 3 and noise of 0.1 on one scale then (arXiv:2206.00364, Section 5).
+
+    Args:
+        data_std: standard deviation of the data, roughly, in data units.
+    """
+
+    def __init__(self, data_std=1.0, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.data_std = data_std
+
+    def call(self, x, log_noise_std=None):
+        variance = keras.ops.cast(self.data_std**2, x.dtype)
+        if log_noise_std is not None:
+            variance = variance + keras.ops.exp(2.0 * keras.ops.reshape(log_noise_std, (-1,) + (1,) * (x.ndim - 1)))
+        return keras.ops.cast(x / keras.ops.sqrt(variance), self.compute_dtype)
+
+    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
+        return x_shape
+
+    def get_config(self):
+        return {**super().get_config(), "data_std": self.data_std}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
 class GaussianLogDensity(keras.layers.Layer):
     """Log density of N(0, (data_std^2 + noise_std^2) I): the base measure that an energy network corrects.
 
@@ -115,12 +143,15 @@ def build_energy_net(
     noise_conditional=False,
     widths=(128, 128),
     activation="tanh",
-    num_features=64,
+    num_features=None,
     feature_scale=2.0,
     data_std=2.0,
     seed=0,
 ):
     """Build the network of a DDE: random Fourier features, dense layers, one scalar, plus a Gaussian base measure.
+
+    Few waves fill a plane, but not a space of many dimensions. Without them, the points are divided by
+    sqrt(data_std^2 + noise_std^2) instead, and three layers of 256 with "silu" learn well up to some 60 dimensions.
 
     Args:
         dim: number of coordinates of a point.
@@ -128,9 +159,10 @@ def build_energy_net(
             levels, ``net([x, log(noise_std)])`` with the second input of shape (batch, 1).
         widths: units of the dense layers.
         activation: a smooth activation; a piecewise linear one such as ReLU has a piecewise constant score.
-        num_features: number of random Fourier features of the point.
+        num_features: number of random Fourier features of the point, or 0; None is 64 in up to three dimensions,
+            0 in more.
         feature_scale: standard deviation of their frequencies, in radians per data unit.
-        data_std: standard deviation of the base measure, in data units.
+        data_std: standard deviation of the data, roughly, and of the base measure, in data units.
         seed: integer that fixes the initial weights.
 
     Returns:
@@ -139,15 +171,20 @@ def build_energy_net(
     Raises:
         ValueError: for sizes that are not integers of at least 1, or scales that are not positive and finite.
     """
-    _check_sizes_and_scales(
-        {"dim": dim, "num_features": num_features}, widths, {"feature_scale": feature_scale, "data_std": data_std}
-    )
+    _check_sizes_and_scales({"dim": dim}, widths, {"feature_scale": feature_scale, "data_std": data_std})
+    if num_features is None:
+        num_features = 64 if dim <= 3 else 0
+    elif num_features != 0 or isinstance(num_features, bool):
+        check_positive_integer("num_features, unless 0,", num_features)
     seed = _check_seed(seed)
     initializers = _initializers("glorot_uniform", seed)
     exact = keras.config.dtype_policy().variable_dtype  # with mixed precision, the hidden layers alone are coarse
     x = keras.Input((dim,), dtype=exact, name="x")
     log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
-    hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
+    if num_features:
+        hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
+    else:
+        hidden = NoiseScaling(data_std)(x, log_noise_std)
     if noise_conditional:
         hidden = keras.layers.Concatenate()([hidden, log_noise_std])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
@@ -207,6 +244,136 @@ def build_generator(
     else:
         y = keras.layers.Dense(dim, kernel_initializer=next(initializers), dtype=exact)(hidden)
     return keras.Model(z, y, name="generator")
+
+
+def build_image_energy_net(
+    image_shape=(8, 8, 1),
+    noise_conditional=False,
+    filters=(64, 128),
+    units=256,
+    activation="silu",
+    data_mean=0.0,
+    data_std=0.6,
+    seed=0,
+):
+    """Build the network of a DDE of images: convolutions of stride 2, a dense layer, one scalar, plus a Gaussian.
+
+    Args:
+        image_shape: (height, width, channels).
+        noise_conditional: as in ``build_energy_net``.
+        filters: channels of the convolutions; each halves height and width.
+        units: units of the dense layer.
+        activation: a smooth activation.
+        data_mean: mean of the data, in data units: an image (height, width, channels), or a number.
+        data_std: standard deviation of a pixel about its mean, roughly, in data units.
+        seed: integer that fixes the initial weights.
+
+    Returns:
+        A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy images up to a constant.
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, a mean of another shape or not finite, or a
+            ``data_std`` that is not positive and finite.
+    """
+    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, units, data_mean, data_std, seed)
+    initializers = _initializers("glorot_uniform", seed)
+    exact = keras.config.dtype_policy().variable_dtype
+    x = keras.Input(image_shape, dtype=exact, name="x")
+    log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
+    centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=exact)(x)
+    hidden = NoiseScaling(data_std)(centred, log_noise_std)
+    for channels in filters:
+        hidden = keras.layers.Conv2D(
+            channels, 3, 2, padding="same", activation=activation, kernel_initializer=next(initializers)
+        )(hidden if log_noise_std is None else _append_channel(hidden, log_noise_std))
+    hidden = keras.layers.Flatten()(hidden)
+    if noise_conditional:
+        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
+    hidden = _stack_dense_layers(hidden, (units,), activation, initializers)
+    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
+    log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(centred, log_noise_std)])
+    inputs = [x, log_noise_std] if noise_conditional else x
+    return keras.Model(inputs, log_density, name="image_energy_net")
+
+
+def build_image_generator(components, data_mean=0.0, filters=(64,), units=256, seed=0):
+    """Build the generator of images: a linear map, corrected by transposed convolutions of stride 2 with ReLU.
+
+    It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i: as diverse
+    as they are, and with no point far away. From random weights, it would start narrow, grow in leaps that its density
+    estimator cannot follow, and lose modes on the way. All of it is trained, the linear map too.
+
+    Args:
+        components: (latent_dim, height, width, channels): principal components of the data, each as long as the
+            standard deviation along it. Height and width are multiples of 2^(number of filters).
+        data_mean: mean of the data, as in ``build_image_energy_net``.
+        filters: channels before each of the convolutions, each of which doubles height and width.
+        units: units of the dense layer before them.
+        seed: integer that fixes the initial weights.
+
+    Returns:
+        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels). Its pixels are not
+        bounded: a saturated bound would have no gradient that leads back.
+
+    Raises:
+        ValueError: for components of another shape or not finite, images that cannot be halved as often as ``filters``
+            ask, and as in ``build_image_energy_net``.
+    """
+    components = np.asarray(components)
+    if components.ndim != 4 or not components.size or not np.isfinite(components).all():
+        raise ValueError(
+            "components must be finite numbers of shape (latent_dim, height, width, channels), "
+            f"got shape {components.shape}"
+        )
+    latent_dim, *image_shape = components.shape
+    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, units, data_mean, 1.0, seed)
+    scale = 2 ** len(filters)
+    if image_shape[0] % scale or image_shape[1] % scale:
+        raise ValueError(f"{len(filters)} filters need a height and width divisible by {scale}, got {image_shape}")
+    initializers = _initializers("he_normal", seed)
+    exact = keras.config.dtype_policy().variable_dtype
+    z = keras.Input((latent_dim,), dtype=exact, name="z")
+    linear = keras.layers.Dense(math.prod(image_shape), dtype=exact)
+    start = keras.layers.Reshape(image_shape, dtype=exact)(linear(z))
+    linear.set_weights(
+        [components.reshape(latent_dim, -1), np.broadcast_to(data_mean, image_shape).reshape(-1)]
+    )  # weights, not an initializer: they are saved once
+    smallest = (image_shape[0] // scale, image_shape[1] // scale, filters[0])
+    hidden = _stack_dense_layers(z, (units, math.prod(smallest)), "relu", initializers)
+    hidden = keras.layers.Reshape(smallest)(hidden)
+    for channels in filters[1:]:
+        hidden = keras.layers.Conv2DTranspose(
+            channels, 4, 2, padding="same", activation="relu", kernel_initializer=next(initializers)
+        )(hidden)
+    small = keras.initializers.VarianceScaling(0.01, seed=seed)
+    correction = keras.layers.Conv2DTranspose(
+        image_shape[2], 4, 2, padding="same", kernel_initializer=small, dtype=exact
+    )(hidden)
+    return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
+
+
+def _append_channel(images, number):
+    """Append a number (batch, 1) as one more channel to images (batch, height, width, channels)."""
+    height, width = images.shape[1:3]
+    channel = keras.layers.Reshape((height, width, 1))(keras.layers.RepeatVector(height * width)(number))
+    return keras.layers.Concatenate()([images, channel])
+
+
+def _check_image_arguments(image_shape, filters, units, data_mean, data_std, seed):
+    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
+    if not isinstance(filters, (tuple, list)) or not filters:
+        raise ValueError(f"filters must be a sequence of at least one integer, got {filters!r}")
+    for name, sizes in (("image_shape", image_shape), ("filters", filters)):
+        for size in sizes:
+            check_positive_integer(f"each of {name}", size)
+    _check_sizes_and_scales({"units": units}, (), {"data_std": data_std})
+    data_mean = np.asarray(data_mean)
+    if data_mean.dtype.kind not in "fiu" or not np.isfinite(data_mean).all():
+        raise ValueError(f"data_mean must be made of finite numbers, got {data_mean!r}")
+    if data_mean.shape not in ((), tuple(image_shape)):
+        raise ValueError(f"data_mean must be a number or of shape {tuple(image_shape)}, got shape {data_mean.shape}")
+    return tuple(int(size) for size in image_shape), data_mean.astype(float), _check_seed(seed)
 
 
 def _check_sizes_and_scales(sizes, widths, scales):

@@ -7,6 +7,7 @@ density of ``data + N(0, noise_std^2 I)``, from ``utils.noisy_density_2d``, and 
 * ``sample_metrics``: generated samples with noise added, counted in bins.
 * ``sliced_wasserstein_to_data``: generated samples against real ones, both clean.
 * ``mode_shares``, ``mode_coverage``, ``outside_support``: where the generated samples lie.
+* ``label_coverage``: what a classifier says that they are.
 * ``results_row``: all of them at once, one row of a results table.
 
 A number made from samples comes as ``Measured(value, floor)``. The floor is what real samples of the same
@@ -265,6 +266,34 @@ def mode_coverage(samples, dataset):
     """
     shares = mode_shares(samples, dataset)
     return float(np.mean(shares >= 0.5 / len(shares)))
+
+
+def label_coverage(labels, probabilities):
+    """Compare the labels that a classifier gives to generated samples with the probabilities of the labels.
+
+    The measure of the Stacked MNIST literature (arXiv:1611.02163): of the shares q of the labels, how many are not
+    zero, and the reverse KL divergence sum q log(q / p). Shares of n labels are random: for n independent labels from p,
+    the divergence is about (number of labels - 1) / (2 n).
+
+    Args:
+        labels: integers (n,) from 0 on.
+        probabilities: (number of labels,), those of the data.
+
+    Returns:
+        The number of labels that occur, and the KL divergence in nats; infinite if a label of probability 0 occurs.
+
+    Raises:
+        ValueError: for labels that are not such integers, or probabilities that do not sum to 1.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    if probabilities.ndim != 1 or not (probabilities >= 0).all() or abs(probabilities.sum() - 1) > 1e-6:
+        raise ValueError(f"probabilities must be numbers (n,) of at least 0 that sum to 1, got {probabilities!r}")
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers (n,), got {labels.dtype} of shape {labels.shape}")
+    if labels.min() < 0 or labels.max() >= len(probabilities):
+        raise ValueError(f"labels must be from 0 to {len(probabilities) - 1}, got {labels.min()} to {labels.max()}")
+    shares = np.bincount(labels, minlength=len(probabilities)) / len(labels)
+    return int(np.count_nonzero(shares)), float(rel_entr(shares, probabilities).sum())
 
 
 def outside_support(samples, dataset, noise_std=0.0):

@@ -1,0 +1,113 @@
+"""Images for ``images.ipynb``: digits that come with scikit-learn, and MNIST and CelebA from local files.
+
+All of them come as float32 arrays (n, height, width, channels) with pixels from -1 to 1.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+DATASETS = ("digits", "stacked_digits", "mnist", "stacked_mnist", "celeba")
+
+
+class Images(NamedTuple):
+    """Images in two parts, with the digit that each one shows; None where there are no labels."""
+
+    train: np.ndarray
+    test: np.ndarray
+    train_labels: np.ndarray | None
+    test_labels: np.ndarray | None
+
+
+def load_images(dataset, folder="data", seed=0):
+    """Load a data set of single images; for a stacked one, those that ``stack_channels`` makes it of.
+
+    * ``"digits"``: 1797 handwritten digits, 8 x 8, that come with scikit-learn; a fifth of each class is the test set.
+    * ``"mnist"``: ``<folder>/mnist.npz`` with x_train, y_train, x_test and y_test, as Keras distributes it; the images
+      are filled up to 32 x 32 with background.
+    * ``"celeba"``: all images in ``<folder>/celeba`` and the folders in it; the largest square in the middle of each is
+      scaled to 32 x 32. A tenth is the test set. They need 12 kB of memory each, 2.5 GB for all of CelebA.
+
+    Args:
+        dataset: one of ``DATASETS``.
+        folder: where local files are.
+        seed: integer that fixes the split.
+
+    Returns:
+        ``Images(train, test, train_labels, test_labels)``.
+
+    Raises:
+        FileNotFoundError: if there are no such files; it says what belongs where.
+        ValueError: for an unknown name, or files with other contents.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
+    if dataset.endswith("digits"):
+        digits = load_digits()
+        x, labels = digits.images[..., None].astype(np.float32) / 8 - 1, digits.target
+        return Images(*train_test_split(x, labels, test_size=0.2, stratify=labels, random_state=seed))
+    if dataset.endswith("mnist"):
+        return _load_mnist(Path(folder) / "mnist.npz")
+    return _load_folder(Path(folder) / "celeba", seed)
+
+
+def stack_channels(images, labels, n_stacks, rng=None):
+    """Stack three single-channel images, drawn with replacement, as the colours of one: 1000 modes (arXiv:1611.02163).
+
+    Args:
+        images: (n, height, width, 1).
+        labels: digits (n,).
+        n_stacks: number of stacks.
+        rng: ``numpy.random.Generator`` or seed.
+
+    Returns:
+        Images (n_stacks, height, width, 3), and their modes (n_stacks,), the three digits read as one number.
+    """
+    rows = np.random.default_rng(rng).integers(len(images), size=(n_stacks, 3))
+    stacks = np.concatenate([images[rows[:, channel]] for channel in range(3)], axis=-1)
+    return stacks, labels[rows] @ np.array([100, 10, 1])
+
+
+def _load_mnist(path):
+    names = ("x_train", "x_test", "y_train", "y_test")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"MNIST needs {path} with the arrays {', '.join(names)}: the file that keras.datasets.mnist downloads"
+        )
+    with np.load(path) as arrays:
+        missing = set(names) - set(arrays.files)
+        if missing:
+            raise ValueError(f"{path} must hold the arrays {', '.join(names)}; it lacks {', '.join(sorted(missing))}")
+        train, test, train_labels, test_labels = (arrays[name] for name in names)
+    for name, x, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != np.uint8 or len(x) != len(labels):
+            raise ValueError(
+                f"x_{name} of {path} must be uint8 images (n, 28, 28) with a label each, got {x.dtype} {x.shape} and "
+                f"{len(labels)} labels"
+            )
+    train, test = (np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None].astype(np.float32) / 127.5 - 1 for x in (train, test))
+    return Images(train, test, train_labels.astype(int), test_labels.astype(int))
+
+
+def _load_folder(folder, seed):
+    try:
+        dataset = keras.utils.image_dataset_from_directory(
+            folder,
+            labels=None,
+            batch_size=None,
+            image_size=(32, 32),
+            crop_to_aspect_ratio=True,
+            shuffle=False,
+            verbose=0,
+        )
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(f"CelebA needs its images (JPEG, PNG, BMP or GIF) in {folder}: {error}") from error
+    x = np.stack(list(dataset.as_numpy_iterator())) / 127.5 - 1
+    if len(x) < 2:
+        raise ValueError(f"{folder} must hold at least 2 images, got {len(x)}")
+    train, test = train_test_split(x.astype(np.float32), test_size=0.1, random_state=seed)
+    return Images(train, test, None, None)
