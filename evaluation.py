@@ -272,8 +272,8 @@ def label_coverage(labels, probabilities):
     """Compare the labels that a classifier gives to generated samples with the probabilities of the labels.
 
     The measure of the Stacked MNIST literature (arXiv:1611.02163): of the shares q of the labels, how many are not
-    zero, and the reverse KL divergence sum q log(q / p). Shares of n labels are random: for n independent labels from p,
-    the divergence is about (number of labels - 1) / (2 n).
+    zero, and the reverse KL divergence sum q log(q / p). Shares of n labels are random: n
+    independent labels from p themselves have a divergence of about (number of labels - 1) / (2 n).
 
     Args:
         labels: integers (n,) from 0 on.
