@@ -275,7 +275,7 @@ def build_image_energy_net(
         ValueError: for sizes that are not integers of at least 1, a mean of another shape or not finite, or a
             ``data_std`` that is not positive and finite.
     """
-    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, units, data_mean, data_std, seed)
+    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, (units,), data_mean, data_std, seed)
     initializers = _initializers("glorot_uniform", seed)
     exact = keras.config.dtype_policy().variable_dtype
     x = keras.Input(image_shape, dtype=exact, name="x")
@@ -296,8 +296,8 @@ def build_image_energy_net(
     return keras.Model(inputs, log_density, name="image_energy_net")
 
 
-def build_image_generator(components, data_mean=0.0, filters=(64,), units=256, seed=0):
-    """Build the generator of images: a linear map, corrected by transposed convolutions of stride 2 with ReLU.
+def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), filters=(), seed=0):
+    """Build the generator of images: a linear map, corrected by dense layers and transposed convolutions with ReLU.
 
     It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i: as diverse
     as they are, and with no point far away. From random weights, it would start narrow, grow in leaps that its density
@@ -307,8 +307,9 @@ def build_image_generator(components, data_mean=0.0, filters=(64,), units=256, s
         components: (latent_dim, height, width, channels): principal components of the data, each as long as the
             standard deviation along it. Height and width are multiples of 2^(number of filters).
         data_mean: mean of the data, as in ``build_image_energy_net``.
-        filters: channels before each of the convolutions, each of which doubles height and width.
-        units: units of the dense layer before them.
+        widths: units of the dense layers.
+        filters: channels before each of the convolutions, each of which doubles height and width; () is good for
+            small images.
         seed: integer that fixes the initial weights.
 
     Returns:
@@ -326,7 +327,7 @@ def build_image_generator(components, data_mean=0.0, filters=(64,), units=256, s
             f"got shape {components.shape}"
         )
     latent_dim, *image_shape = components.shape
-    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, units, data_mean, 1.0, seed)
+    image_shape, data_mean, seed = _check_image_arguments(image_shape, filters, widths, data_mean, 1.0, seed)
     scale = 2 ** len(filters)
     if image_shape[0] % scale or image_shape[1] % scale:
         raise ValueError(f"{len(filters)} filters need a height and width divisible by {scale}, got {image_shape}")
@@ -338,17 +339,22 @@ def build_image_generator(components, data_mean=0.0, filters=(64,), units=256, s
     linear.set_weights(
         [components.reshape(latent_dim, -1), np.broadcast_to(data_mean, image_shape).reshape(-1)]
     )  # weights, not an initializer: they are saved once
-    smallest = (image_shape[0] // scale, image_shape[1] // scale, filters[0])
-    hidden = _stack_dense_layers(z, (units, math.prod(smallest)), "relu", initializers)
-    hidden = keras.layers.Reshape(smallest)(hidden)
-    for channels in filters[1:]:
-        hidden = keras.layers.Conv2DTranspose(
-            channels, 4, 2, padding="same", activation="relu", kernel_initializer=next(initializers)
-        )(hidden)
     small = keras.initializers.VarianceScaling(0.01, seed=seed)
-    correction = keras.layers.Conv2DTranspose(
-        image_shape[2], 4, 2, padding="same", kernel_initializer=small, dtype=exact
-    )(hidden)
+    hidden = _stack_dense_layers(z, widths, "relu", initializers)
+    if filters:
+        smallest = (image_shape[0] // scale, image_shape[1] // scale, filters[0])
+        hidden = _stack_dense_layers(hidden, (math.prod(smallest),), "relu", initializers)
+        hidden = keras.layers.Reshape(smallest)(hidden)
+        for channels in filters[1:]:
+            hidden = keras.layers.Conv2DTranspose(
+                channels, 4, 2, padding="same", activation="relu", kernel_initializer=next(initializers)
+            )(hidden)
+        correction = keras.layers.Conv2DTranspose(
+            image_shape[2], 4, 2, padding="same", kernel_initializer=small, dtype=exact
+        )(hidden)
+    else:
+        pixels = keras.layers.Dense(math.prod(image_shape), kernel_initializer=small, dtype=exact)(hidden)
+        correction = keras.layers.Reshape(image_shape, dtype=exact)(pixels)
     return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
 
 
@@ -359,15 +365,15 @@ def _append_channel(images, number):
     return keras.layers.Concatenate()([images, channel])
 
 
-def _check_image_arguments(image_shape, filters, units, data_mean, data_std, seed):
+def _check_image_arguments(image_shape, filters, widths, data_mean, data_std, seed):
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
         raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
-    if not isinstance(filters, (tuple, list)) or not filters:
-        raise ValueError(f"filters must be a sequence of at least one integer, got {filters!r}")
+    if not isinstance(filters, (tuple, list)):
+        raise ValueError(f"filters must be a sequence of integers, got {filters!r}")
     for name, sizes in (("image_shape", image_shape), ("filters", filters)):
         for size in sizes:
             check_positive_integer(f"each of {name}", size)
-    _check_sizes_and_scales({"units": units}, (), {"data_std": data_std})
+    _check_sizes_and_scales({}, widths, {"data_std": data_std})
     data_mean = np.asarray(data_mean)
     if data_mean.dtype.kind not in "fiu" or not np.isfinite(data_mean).all():
         raise ValueError(f"data_mean must be made of finite numbers, got {data_mean!r}")
@@ -695,7 +701,8 @@ class EGM(ResumableModel):
 
     One training step is one step of the generator, then ``dde_steps`` steps of each DDE, on the batch of data and on
     as many freshly generated points, with fresh noise in each. All randomness is a function of ``seed`` and the
-    number of steps made.
+    number of steps made. A ``dde_real`` that was trained before need not go on: with ``dde_real.trainable = False``,
+    set before ``compile``, it stays as it is, its loss is still measured, and a step takes about half as long.
 
     The generator's gradient is the noisiest estimate of the three, so its step uses ``latents_per_point`` times as
     many latents, and in all training steps latents are spread evenly over their space. Samples come from
@@ -858,16 +865,22 @@ class EGM(ResumableModel):
             lambda: self.generator_loss(z, key, training=True),
         )
         self._average_weights()
+        is_frozen = not self.dde_real.trainable_variables
+        if is_frozen:
+            key = _key(self.seed, _REAL, self.gen_optimizer.iterations)
+            self.loss_dde_real_tracker.update_state(self.dde_real.denoising_loss(x, key), sample_weight=batch_size)
         for _ in range(self.dde_steps):
-            key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
-            loss_dde_real = _descend(
-                self,
-                self.dde_real_optimizer,
-                self.dde_real,
-                "loss_dde_real",
-                part,
-                lambda key=key: self.dde_real.denoising_loss(x, key, training=True),
-            )
+            if not is_frozen:
+                key = _key(self.seed, _REAL, self.dde_real_optimizer.iterations)
+                loss_dde_real = _descend(
+                    self,
+                    self.dde_real_optimizer,
+                    self.dde_real,
+                    "loss_dde_real",
+                    part,
+                    lambda key=key: self.dde_real.denoising_loss(x, key, training=True),
+                )
+                self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
             key = _key(self.seed, _FAKE, self.dde_fake_optimizer.iterations)
             y = self._generate(self._draw_latents(batch_size, key), training=True)
             loss_dde_fake = _descend(
@@ -878,7 +891,6 @@ class EGM(ResumableModel):
                 part,
                 lambda y=y, key=key: self.dde_fake.denoising_loss(y, key, training=True),
             )
-            self.loss_dde_real_tracker.update_state(loss_dde_real, sample_weight=batch_size)
             self.loss_dde_fake_tracker.update_state(loss_dde_fake, sample_weight=batch_size)
         self.gen_loss_tracker.update_state(gen_loss, sample_weight=batch_size)
         return self.get_metrics_result()

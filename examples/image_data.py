@@ -15,7 +15,7 @@ DATASETS = ("digits", "stacked_digits", "mnist", "stacked_mnist", "celeba")
 
 
 class Images(NamedTuple):
-    """Images in two parts, with the digit that each one shows; None where there are no labels."""
+    """Images in two parts, with the digit that each one shows (three digits, for stacks); None without labels."""
 
     train: np.ndarray
     test: np.ndarray
@@ -24,11 +24,13 @@ class Images(NamedTuple):
 
 
 def load_images(dataset, folder="data", seed=0):
-    """Load a data set of single images; for a stacked one, those that ``stack_channels`` makes it of.
+    """Load a data set, split into a part to train on and one to test with.
 
     * ``"digits"``: 1797 handwritten digits, 8 x 8, that come with scikit-learn; a fifth of each class is the test set.
     * ``"mnist"``: ``<folder>/mnist.npz`` with x_train, y_train, x_test and y_test, as Keras distributes it; the images
       are filled up to 32 x 32 with background.
+    * ``"stacked_digits"``, ``"stacked_mnist"``: 51,200 stacks of three training images and 26,000 of three test images
+      as the colours of one, made by ``stack_channels``.
     * ``"celeba"``: all images in ``<folder>/celeba`` and the folders in it; the largest square in the middle of each is
       scaled to 32 x 32. A tenth is the test set. They need 12 kB of memory each, 2.5 GB for all of CelebA.
 
@@ -46,11 +48,16 @@ def load_images(dataset, folder="data", seed=0):
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
-    if dataset.endswith("digits"):
+    if dataset.startswith("stacked_"):
+        single = load_images(dataset.removeprefix("stacked_"), folder, seed)
+        train, train_labels = stack_channels(single.train, single.train_labels, 51_200, (seed, 0))
+        test, test_labels = stack_channels(single.test, single.test_labels, 26_000, (seed, 1))
+        return Images(train, test, train_labels, test_labels)
+    if dataset == "digits":
         digits = load_digits()
         x, labels = digits.images[..., None].astype(np.float32) / 8 - 1, digits.target
         return Images(*train_test_split(x, labels, test_size=0.2, stratify=labels, random_state=seed))
-    if dataset.endswith("mnist"):
+    if dataset == "mnist":
         return _load_mnist(Path(folder) / "mnist.npz")
     return _load_folder(Path(folder) / "celeba", seed)
 
