@@ -249,21 +249,24 @@ def build_generator(
 def build_image_energy_net(
     image_shape=(8, 8, 1),
     noise_conditional=False,
-    filters=(64, 128),
+    filters=(32, 64),
     units=256,
     activation="silu",
+    per_channel=False,
     data_mean=0.0,
     data_std=0.6,
     seed=0,
 ):
-    """Build the network of a DDE of images: convolutions of stride 2, a dense layer, one scalar, plus a Gaussian.
+    """Build the network of a DDE of images: convolutions of stride 2, dense layers, one scalar, plus a Gaussian.
 
     Args:
         image_shape: (height, width, channels).
         noise_conditional: as in ``build_energy_net``.
         filters: channels of the convolutions; each halves height and width.
-        units: units of the dense layer.
+        units: units of the two dense layers.
         activation: a smooth activation.
+        per_channel: whether all but the last dense layer see one channel at a time, with the same weights for each:
+            right where the channels are images of one kind, wrong for colours.
         data_mean: mean of the data, in data units: an image (height, width, channels), or a number.
         data_std: standard deviation of a pixel about its mean, roughly, in data units.
         seed: integer that fixes the initial weights.
@@ -281,15 +284,19 @@ def build_image_energy_net(
     x = keras.Input(image_shape, dtype=exact, name="x")
     log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
     centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=exact)(x)
-    hidden = NoiseScaling(data_std)(centred, log_noise_std)
-    for channels in filters:
-        hidden = keras.layers.Conv2D(
-            channels, 3, 2, padding="same", activation=activation, kernel_initializer=next(initializers)
-        )(hidden if log_noise_std is None else _append_channel(hidden, log_noise_std))
-    hidden = keras.layers.Flatten()(hidden)
-    if noise_conditional:
-        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
-    hidden = _stack_dense_layers(hidden, (units,), activation, initializers)
+    scaled = NoiseScaling(data_std)(centred, log_noise_std)
+    convolutions = [
+        keras.layers.Conv2D(size, 3, 2, "same", activation=activation, kernel_initializer=next(initializers))
+        for size in filters
+    ]
+    dense = keras.layers.Dense(units, activation, kernel_initializer=next(initializers))
+    features = []
+    for part in [scaled[..., c : c + 1] for c in range(image_shape[2])] if per_channel else [scaled]:
+        for convolution in convolutions:
+            part = convolution(_append_level(part, log_noise_std))
+        features.append(dense(_append_level(keras.layers.Flatten()(part), log_noise_std)))
+    hidden = keras.layers.Concatenate()(features) if len(features) > 1 else features[0]
+    hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
     log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(centred, log_noise_std)])
     inputs = [x, log_noise_std] if noise_conditional else x
@@ -358,11 +365,15 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
     return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
 
 
-def _append_channel(images, number):
-    """Append a number (batch, 1) as one more channel to images (batch, height, width, channels)."""
-    height, width = images.shape[1:3]
-    channel = keras.layers.Reshape((height, width, 1))(keras.layers.RepeatVector(height * width)(number))
-    return keras.layers.Concatenate()([images, channel])
+def _append_level(hidden, log_noise_std):
+    """Append the noise level (batch, 1), if there is one, to images, as one more channel, or to features."""
+    if log_noise_std is None:
+        return hidden
+    if len(hidden.shape) == 4:
+        height, width = hidden.shape[1:3]
+        log_noise_std = keras.layers.RepeatVector(height * width)(log_noise_std)
+        log_noise_std = keras.layers.Reshape((height, width, 1))(log_noise_std)
+    return keras.layers.Concatenate()([hidden, log_noise_std])
 
 
 def _check_image_arguments(image_shape, filters, widths, data_mean, data_std, seed):
