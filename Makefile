@@ -7,7 +7,7 @@ INSTALLED_PEERS := $(VENV)/.installed-peers
 INSTALLED_BROWSER := $(VENV)/.installed-browser
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial models benchmark test test-slow test-browser lint format clean
+.PHONY: help tutorial examples models benchmark test test-slow test-browser lint format clean
 
 help: ## List the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ help: ## List the targets
 # make tutorial DATASET=rings SEED=1 EPOCHS=50 OUTPUT_DIR=rings_images
 tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
 	$(VENV)/bin/python execute_notebook.py egm_dde.ipynb
+
+# Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
+EXAMPLES ?= density_benchmark images
+examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (half an hour; settings: EXAMPLES, STEPS, SEED)
+	$(VENV)/bin/python execute_notebook.py $(EXAMPLES:%=examples/%.ipynb)
 
 models: $(INSTALLED) ## Train the ready-made models in example_models/ (four minutes)
 	$(VENV)/bin/python train_models.py

@@ -29,7 +29,7 @@ def load_images(dataset, folder="data", seed=0):
     * ``"digits"``: 1797 handwritten digits, 8 x 8, that come with scikit-learn; a fifth of each class is the test set.
     * ``"mnist"``: ``<folder>/mnist.npz`` with x_train, y_train, x_test and y_test, as Keras distributes it; the images
       are filled up to 32 x 32 with background.
-    * ``"stacked_digits"``, ``"stacked_mnist"``: 51,200 stacks of three training images and 26,000 of three test images
+    * ``"stacked_digits"``, ``"stacked_mnist"``: 25,600 stacks of three training images and 10,000 of three test images
       as the colours of one, made by ``stack_channels``.
     * ``"celeba"``: all images in ``<folder>/celeba`` and the folders in it; the largest square in the middle of each is
       scaled to 32 x 32. A tenth is the test set. They need 12 kB of memory each, 2.5 GB for all of CelebA.
@@ -50,8 +50,8 @@ def load_images(dataset, folder="data", seed=0):
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {dataset!r}")
     if dataset.startswith("stacked_"):
         single = load_images(dataset.removeprefix("stacked_"), folder, seed)
-        train, train_labels = stack_channels(single.train, single.train_labels, 51_200, (seed, 0))
-        test, test_labels = stack_channels(single.test, single.test_labels, 26_000, (seed, 1))
+        train, train_labels = stack_channels(single.train, single.train_labels, 25_600, (seed, 0))
+        test, test_labels = stack_channels(single.test, single.test_labels, 10_000, (seed, 1))
         return Images(train, test, train_labels, test_labels)
     if dataset == "digits":
         digits = load_digits()

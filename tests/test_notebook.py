@@ -17,7 +17,15 @@ import execute_notebook
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "egm_dde.ipynb"
 GIFS = ("den_real.gif", "den_fake.gif", "samples.gif")
-MODULES = ("energy_models.py", "evaluation.py", "files.py", "training.py", "utils.py", "visualization.py")
+MODULES = (
+    "energy_models.py",
+    "evaluation.py",
+    "files.py",
+    "sampling.py",
+    "training.py",
+    "utils.py",
+    "visualization.py",
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,268 @@
+"""The data of the examples: known densities against independent ones, and files of the tests' own."""
+
+import math
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from image_data import load_images, stack_channels
+from scipy.special import logsumexp
+from scipy.stats import kstest, multivariate_normal, norm
+from tabular_data import (
+    KNOWN_DENSITIES,
+    LOCAL_DATASETS,
+    SHIPPED_DATASETS,
+    KnownDensity,
+    Split,
+    load_local,
+    load_shipped,
+)
+
+# ---------------------------------------------------------------------------------------------- known densities
+
+
+def linear_map(dim, seed=0):
+    return np.random.default_rng(seed).standard_normal((dim, dim)) / math.sqrt(dim) + np.eye(dim)
+
+
+def covariance(known, matrix, noise_std):
+    factor = matrix @ known.factor
+    return factor @ factor.T + noise_std**2 * np.eye(len(matrix))
+
+
+@pytest.mark.parametrize("dim", [2, 7, 63])
+def test_gaussian_and_mixture_are_those_of_scipy(dim):
+    mean, matrix = np.full(dim, 0.3), linear_map(dim)
+    for kind in ("gaussian", "mixture"):
+        known = KnownDensity(kind, dim, rng=1)
+        x = known.sample(50, rng=2)
+        y = (x - mean) @ matrix.T + 0.2 * np.random.default_rng(3).standard_normal(x.shape)
+        centres = matrix @ (known.mean - mean) + known.centres @ known.factor.T @ matrix.T
+        parts = [multivariate_normal(centre, covariance(known, matrix, 0.2)).logpdf(y) for centre in centres]
+        expected = logsumexp(np.stack(parts, axis=1) + np.log(known.weights), axis=1)
+        np.testing.assert_allclose(known.noisy_log_density(y, 0.2, mean, matrix), expected, rtol=1e-9)
+
+
+def test_banana_is_an_integral_by_the_trapezoidal_rule():
+    # In two dimensions without mixing: h_2 + noise given h_1 is Gaussian, and the rest an integral over h_1.
+    known = KnownDensity("banana", 2, rng=1)
+    matrix = np.linalg.inv(known.factor)
+    y = np.random.default_rng(0).standard_normal((20, 2)) * [1, 0.8]
+    h = np.linspace(-10, 10, 40_001)
+    integrand = norm.pdf(h) * norm.pdf(y[:, :1], h, 0.1) * norm.pdf(y[:, 1:], 0.7 * (h**2 - 1), math.hypot(0.5, 0.1))
+    expected = np.log(np.trapezoid(integrand, h))
+    np.testing.assert_allclose(known.noisy_log_density(y, 0.1, known.mean, matrix), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dim", [2, 21])
+@pytest.mark.parametrize("kind", KNOWN_DENSITIES)
+def test_samples_follow_the_density(kind, dim):
+    known = KnownDensity(kind, dim, rng=4)
+    matrix = linear_map(dim, seed=5)
+    rng = np.random.default_rng(6)
+    y = (known.sample(200_000, rng) - known.mean) @ matrix.T + 0.5 * rng.standard_normal((200_000, dim))
+    log_p = known.noisy_log_density(y, 0.5, known.mean, matrix)
+    narrow = multivariate_normal(y.mean(axis=0), 0.09 * np.cov(y.T))
+    if dim == 2:  # the mean of q / p over samples of p is 1 for every density q that p covers
+        weights = np.exp(narrow.logpdf(y) - log_p)
+        assert abs(weights.mean() - 1) < 5 * weights.std() / math.sqrt(len(y))
+    # The mean slope along a direction u is 0, and E[slope (y . u)] = -||u||^2 (integration by parts).
+    step = 1e-4
+    direction = rng.standard_normal(dim)
+    slope = (
+        known.noisy_log_density(y[:20_000] + step * direction, 0.5, known.mean, matrix)
+        - known.noisy_log_density(y[:20_000] - step * direction, 0.5, known.mean, matrix)
+    ) / (2 * step)
+    assert abs(slope.mean()) < 5 * slope.std() / math.sqrt(20_000)
+    products = slope * (y[:20_000] @ direction)
+    assert abs(products.mean() + direction @ direction) < 5 * products.std() / math.sqrt(20_000)
+
+
+def test_known_densities_are_fixed_by_their_seed():
+    first, same, other = (KnownDensity("banana", 5, seed).sample(10, 0) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first - other).max() > 0.1
+
+
+def test_known_density_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="gaussian, mixture, banana; got 'ring'"):
+        KnownDensity("ring", 2)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        KnownDensity("gaussian", 1)
+
+
+# ---------------------------------------------------------------------------------------------- shipped data
+
+
+@pytest.mark.parametrize(("name", "dim"), [*zip(SHIPPED_DATASETS, (13, 30, 8, 63), strict=True)])
+def test_shipped_data(name, dim):
+    split = load_shipped(name, 0)
+    assert isinstance(split, Split)
+    for part in split:
+        assert part.dtype == np.float64
+        assert part.shape[1] == dim
+        assert np.isfinite(part).all()
+    assert len(split.train) > len(split.test) >= len(split.val) > 30
+    np.testing.assert_array_equal(load_shipped(name, 0).test, split.test)
+    assert not np.array_equal(load_shipped(name, 1).test, split.test)
+    rows = [{row.tobytes() for row in part} for part in split]
+    assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
+
+
+def test_patches_have_no_mean():
+    x = load_shipped("patches_3x3").train
+    last_pixel = -x.sum(axis=1)  # of a patch without its mean
+    # All pixels of a patch are alike, so the one that was dropped is as spread as a corner that was not.
+    np.testing.assert_allclose(last_pixel.std(), x[:, 0].std(), rtol=0.05)
+    assert 0.01 < x.std() < 0.2
+
+
+def test_unknown_shipped_data():
+    with pytest.raises(ValueError, match="wine, breast_cancer, patches_3x3, patches_8x8; got 'iris'"):
+        load_shipped("iris")
+
+
+# ---------------------------------------------------------------------------------------------- local tables
+
+
+def random_split(dim, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return Split(*(rng.standard_normal((size, dim)).astype(dtype) for size in (30, 10, 5)))
+
+
+@pytest.mark.parametrize("name", LOCAL_DATASETS)
+def test_local_data_from_one_file_or_three(tmp_path, name):
+    expected = random_split(LOCAL_DATASETS[name])
+    with pytest.raises(FileNotFoundError, match=rf"{name} needs .*{name}\.npz .* or .*{name}/ with train\.npy"):
+        load_local(name, tmp_path)
+    (tmp_path / name).mkdir()
+    for part, x in expected._asdict().items():
+        np.save(tmp_path / name / f"{part}.npy", x)
+    for part, x in load_local(name, tmp_path)._asdict().items():
+        np.testing.assert_array_equal(x, getattr(expected, part))
+        assert x.dtype == np.float64
+    np.savez(tmp_path / f"{name}.npz", train=expected.val, val=expected.test, test=expected.train)
+    np.testing.assert_array_equal(load_local(name, tmp_path).test, expected.train)
+
+
+def test_local_data_that_do_not_fit(tmp_path):
+    split = random_split(6)
+    with pytest.raises(ValueError, match="POWER, GAS, HEPMASS, MINIBOONE, BSDS300; got 'MNIST'"):
+        load_local("MNIST", tmp_path)
+    np.savez(tmp_path / "POWER.npz", train=split.train, val=split.val)
+    with pytest.raises(ValueError, match=r"must hold .*; it lacks test"):
+        load_local("POWER", tmp_path)
+    np.savez(tmp_path / "POWER.npz", train=split.train, val=split.val, test=split.test[:, :5])
+    with pytest.raises(ValueError, match=r"test of POWER must have shape \(n, 6\), got \(5, 5\)"):
+        load_local("POWER", tmp_path)
+    broken = split.val.copy()
+    broken[3, 2] = np.nan
+    np.savez(tmp_path / "POWER.npz", train=split.train, val=broken, test=split.test)
+    with pytest.raises(ValueError, match="val of POWER must be made of finite numbers"):
+        load_local("POWER", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def check_pixels(images):
+    for x in (images.train, images.test):
+        assert x.dtype == np.float32
+        assert x.min() >= -1
+        assert x.max() <= 1
+        assert x.max() - x.min() > 1
+
+
+def test_digits():
+    images = load_images("digits")
+    check_pixels(images)
+    assert images.train.shape == (1437, 8, 8, 1)
+    assert images.test.shape == (360, 8, 8, 1)
+    assert np.bincount(images.test_labels).min() >= 34
+    assert not {row.tobytes() for row in images.train} & {row.tobytes() for row in images.test}
+    assert not np.array_equal(load_images("digits", seed=1).test, images.test)
+
+
+def test_stacked_digits():
+    single, stacks = load_images("digits"), load_images("stacked_digits")
+    check_pixels(stacks)
+    assert stacks.train.shape == (25_600, 8, 8, 3)
+    assert stacks.test.shape == (10_000, 8, 8, 3)
+    assert len(np.unique(stacks.train_labels)) == 1000
+    train = {row.tobytes(): label for row, label in zip(single.train, single.train_labels, strict=True)}
+    for stack, mode in zip(stacks.train[:100], stacks.train_labels, strict=False):
+        digits = [train[np.ascontiguousarray(stack[..., [channel]]).tobytes()] for channel in range(3)]
+        assert mode == 100 * digits[0] + 10 * digits[1] + digits[2]
+
+
+def test_stacks_are_fixed_by_their_seed():
+    images, labels = np.arange(20.0).reshape(5, 2, 2, 1), np.arange(5)
+    first, same, other = (stack_channels(images, labels, 50, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first[0], same[0])
+    assert not np.array_equal(first[1], other[1])
+
+
+def write_mnist(folder, **changes):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(256, size=(60, 28, 28), dtype=np.uint8),
+        "y_train": np.arange(60, dtype=np.uint8) % 10,
+        "x_test": rng.integers(256, size=(20, 28, 28), dtype=np.uint8),
+        "y_test": np.arange(20, dtype=np.uint8) % 10,
+    }
+    arrays |= changes
+    np.savez(folder / "mnist.npz", **{name: x for name, x in arrays.items() if x is not None})
+    return arrays
+
+
+def test_mnist_from_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"MNIST needs .*mnist\.npz with the arrays x_train"):
+        load_images("mnist", tmp_path)
+    arrays = write_mnist(tmp_path)
+    images = load_images("mnist", tmp_path)
+    check_pixels(images)
+    assert images.train.shape == (60, 32, 32, 1)
+    np.testing.assert_allclose((images.test[:, 2:-2, 2:-2, 0] + 1) * 127.5, arrays["x_test"], atol=1e-4)
+    assert (images.test[:, :2] == -1).all()
+    assert (images.train_labels == arrays["y_train"]).all()
+    write_mnist(tmp_path, y_test=None)
+    with pytest.raises(ValueError, match="it lacks y_test"):
+        load_images("mnist", tmp_path)
+    write_mnist(tmp_path, x_test=np.zeros((20, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match=r"x_test of .* must be uint8 images .* got uint8 \(20, 32, 32\)"):
+        load_images("mnist", tmp_path)
+
+
+def write_faces(folder, num_images=40):
+    (folder / "celeba").mkdir(parents=True)
+    for index in range(num_images):
+        picture = np.zeros((218, 178, 3), np.uint8)
+        picture[20:-20, :89] = [255, 6 * index, 0]  # the middle square: its left half, red and more or less green
+        picture[20:-20, 89:, 2] = 255
+        iio.imwrite(folder / "celeba" / f"{index:06d}.png", picture)
+
+
+def test_celeba_from_a_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"CelebA needs its images .* in .*celeba"):
+        load_images("celeba", tmp_path)
+    write_faces(tmp_path)
+    images = load_images("celeba", tmp_path)
+    check_pixels(images)
+    assert images.train.shape == (36, 32, 32, 3)
+    assert images.test.shape == (4, 32, 32, 3)
+    assert images.train_labels is None
+    np.testing.assert_allclose(images.train[:, 16, 5, 0], 1, atol=0.01)
+    np.testing.assert_allclose(images.train[:, 16, -5], np.broadcast_to([-1, -1, 1], (36, 3)), atol=0.01)
+    greens = np.sort(np.concatenate([images.train, images.test])[:, 16, 5, 1])
+    np.testing.assert_allclose((greens + 1) * 127.5, 6 * np.arange(40), atol=1)
+
+
+def test_celeba_with_one_image(tmp_path):
+    write_faces(tmp_path, num_images=1)
+    with pytest.raises(ValueError, match="must hold at least 2 images, got 1"):
+        load_images("celeba", tmp_path)
+
+
+def test_unknown_images():
+    with pytest.raises(ValueError, match="digits, stacked_digits, mnist, stacked_mnist, celeba; got 'cifar'"):
+        load_images("cifar")
