@@ -5,9 +5,10 @@ import math
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from image_data import load_images, stack_channels
 from scipy.special import logsumexp
-from scipy.stats import kstest, multivariate_normal, norm
+from scipy.stats import multivariate_normal, norm
+
+from image_data import load_images, stack_channels
 from tabular_data import (
     KNOWN_DENSITIES,
     LOCAL_DATASETS,
