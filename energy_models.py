@@ -174,8 +174,8 @@ def build_energy_net(
     _check_sizes_and_scales({"dim": dim}, widths, {"feature_scale": feature_scale, "data_std": data_std})
     if num_features is None:
         num_features = 64 if dim <= 3 else 0
-    elif num_features != 0 or isinstance(num_features, bool):
-        check_positive_integer("num_features, unless 0,", num_features)
+    if num_features != 0 or isinstance(num_features, bool):
+        _check_sizes_and_scales({"num_features, unless it is None or 0,": num_features}, (), {})
     seed = _check_seed(seed)
     initializers = _initializers("glorot_uniform", seed)
     exact = keras.config.dtype_policy().variable_dtype  # with mixed precision, the hidden layers alone are coarse

@@ -14,7 +14,17 @@ from keras.optimizers.schedules import CosineDecay
 from scipy import stats
 
 import energy_models
-from energy_models import DDE, EGM, GaussianLogDensity, RandomFourierFeatures, build_energy_net, build_generator
+from energy_models import (
+    DDE,
+    EGM,
+    GaussianLogDensity,
+    NoiseScaling,
+    RandomFourierFeatures,
+    build_energy_net,
+    build_generator,
+    build_image_energy_net,
+    build_image_generator,
+)
 
 KEY = tf.constant([3, 5], tf.uint64)
 OTHER_KEY = tf.constant([3, 6], tf.uint64)
@@ -909,6 +919,7 @@ def test_a_model_that_was_never_compiled_is_saved_with_its_options(model_class, 
     ("layer", "options"),
     [
         (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3}),
+        (NoiseScaling, {"data_std": 1.3}),
         (GaussianLogDensity, {"data_std": 1.3}),
     ],
 )
@@ -1105,6 +1116,27 @@ def test_every_option_of_a_network_matters(build, changes):
         assert not np.allclose(build(**options | {name: value})(normal(4, 2)), reference), name
 
 
+@pytest.mark.parametrize(("dim", "num_frequencies"), [(2, 64), (3, 64), (4, 0), (63, 0)])
+def test_waves_are_left_out_in_many_dimensions(dim, num_frequencies):
+    for num_features in (None, num_frequencies):
+        net = build_energy_net(dim, True, (4,), num_features=num_features)
+        found = [layer.num_features for layer in net.layers if isinstance(layer, RandomFourierFeatures)]
+        assert found == ([num_frequencies] if num_frequencies else [])
+        assert net([normal(5, dim), normal(5, 1)]).shape == (5, 1)
+
+
+def test_noise_scaling_makes_points_equally_wide():
+    x = 1.7 * normal(5000, 3)
+    levels = np.geomspace(0.1, 10, 5000, dtype=np.float32)[:, None]
+    noisy = x + levels * normal(5000, 3, seed=1)
+    scaled = NoiseScaling(1.7)(noisy, np.log(levels))
+    np.testing.assert_allclose(scaled, noisy / np.hypot(1.7, levels), rtol=1e-5)
+    np.testing.assert_allclose(np.std(np.split(scaled.numpy(), 5), axis=(1, 2)), 1, rtol=0.05)
+    images = np.reshape(noisy, (5000, 1, 3, 1))
+    np.testing.assert_allclose(np.reshape(NoiseScaling(1.7)(images, np.log(levels)), (5000, 3)), scaled, rtol=1e-5)
+    np.testing.assert_allclose(NoiseScaling(1.7)(x), x / 1.7, rtol=1e-5)
+
+
 def test_networks_are_built_in_silence(capsys):
     build_energy_net(noise_conditional=True, widths=(4,), num_features=2)
     build_generator(widths=(4,), num_features=2)
@@ -1277,11 +1309,144 @@ def test_levels_that_do_not_fit_the_points_are_refused(noise_std):
             method(normal(3, 3), noise_std=np.array(noise_std))
 
 
+IMAGES = {"image_shape": (8, 4, 2), "filters": (5, 6), "units": 7}
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("noise_conditional", [False, True])
+def test_image_energy_net_returns_one_number_an_image(noise_conditional, per_channel):
+    net = build_image_energy_net(**IMAGES, noise_conditional=noise_conditional, per_channel=per_channel)
+    x, level = normal(4, 8, 4, 2), normal(4, 1)
+    assert net([x, level] if noise_conditional else x).shape == (4, 1)
+    convolutions = [layer for layer in net.layers if isinstance(layer, keras.layers.Conv2D)]
+    num_channels = (1 if per_channel else 2) + noise_conditional
+    assert [layer.filters for layer in convolutions] == [5, 6]
+    assert convolutions[0].kernel.shape[2] == num_channels
+    if noise_conditional:
+        assert not np.allclose(net([x, level]), net([x, level + 1]))
+
+
+def test_per_channel_network_has_the_same_weights_for_each_channel():
+    # Its last dense layer tells channels apart, what is below does not: the features of swapped channels are swapped.
+    net = build_image_energy_net(**IMAGES, per_channel=True)
+    features = keras.Model(
+        net.inputs, next(layer for layer in net.layers if layer.name.startswith("concatenate")).output
+    )
+    x = normal(4, 8, 4, 2)
+    first, second = np.split(features(x), 2, axis=1)
+    np.testing.assert_allclose(features(x[..., ::-1]), np.concatenate([second, first], axis=1), atol=1e-6)
+
+
+def test_far_images_have_the_log_density_of_the_gaussian_around_the_mean():
+    mean = normal(8, 4, 2, seed=1)
+    net = build_image_energy_net(**IMAGES, data_mean=mean, data_std=0.4)
+    x = 1e3 * normal(4, 8, 4, 2)
+    expected = -np.sum((x - mean) ** 2, axis=(1, 2, 3)) / (2 * 0.4**2)
+    np.testing.assert_allclose(net(x)[:, 0], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("filters", [(), (5,), (6, 5)])
+def test_image_generator_starts_as_a_linear_map(filters):
+    components, mean = normal(3, 8, 4, 2), normal(8, 4, 2, seed=1)
+    generator = build_image_generator(components, mean, widths=(7,), filters=filters)
+    z = normal(500, 3, seed=2)
+    y = generator(z)
+    assert y.shape == (500, 8, 4, 2)
+    assert relative_error(y, mean + np.einsum("nk,khwc->nhwc", z, components)) < 0.1
+    convolutions = [layer.filters for layer in generator.layers if isinstance(layer, keras.layers.Conv2DTranspose)]
+    assert convolutions == [*filters[1:], 2][: len(filters)]
+
+
+def test_every_option_of_an_image_network_matters():
+    x, z = normal(4, 8, 4, 2), normal(4, 3)
+    reference = build_image_energy_net(**IMAGES)(x)
+    changes = {
+        "filters": (5,),
+        "units": 3,
+        "activation": "tanh",
+        "per_channel": True,
+        "data_mean": 0.1,
+        "data_std": 1.0,
+    }
+    for name, value in {**changes, "seed": 1}.items():
+        assert not np.allclose(build_image_energy_net(**IMAGES | {name: value})(x), reference), name
+    components = normal(3, 8, 4, 2)
+    reference = build_image_generator(components)(z)
+    for name, value in {"data_mean": 0.1, "widths": (4,), "filters": (5,), "seed": 1}.items():
+        assert not np.array_equal(build_image_generator(components, **{name: value})(z), reference), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_shape": (8, 8)}, r"image_shape must be \(height, width, channels\), got \(8, 8\)"),
+        ({"image_shape": (8, 0, 1)}, "each of image_shape must be an integer of at least 1, got 0"),
+        ({"filters": 4}, "filters must be a sequence of integers, got 4"),
+        ({"filters": (4, 2.5)}, "each of filters must be an integer of at least 1, got 2.5"),
+        ({"units": 0}, "each of widths must be an integer of at least 1, got 0"),
+        ({"data_mean": np.zeros(3)}, r"data_mean must be a number or of shape \(8, 8, 1\), got shape \(3,\)"),
+        ({"data_mean": float("nan")}, "data_mean must be made of finite numbers"),
+        ({"data_std": 0}, "data_std must be a positive finite number, got 0"),
+    ],
+)
+def test_bad_arguments_of_image_energy_nets_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_image_energy_net(**changes)
+
+
+def test_bad_arguments_of_image_generators_are_refused():
+    components = normal(3, 8, 4, 2)
+    with pytest.raises(ValueError, match=r"components must be finite .* got shape \(3, 8, 4\)"):
+        build_image_generator(components[..., 0])
+    with pytest.raises(ValueError, match="components must be finite"):
+        build_image_generator(np.full((3, 8, 4, 2), np.inf))
+    with pytest.raises(ValueError, match=r"3 filters need a height and width divisible by 8, got \(8, 4, 2\)"):
+        build_image_generator(components, filters=(2, 2, 2))
+    with pytest.raises(ValueError, match="each of widths must be an integer of at least 1, got 0"):
+        build_image_generator(components, widths=(0,))
+
+
+def test_frozen_real_dde_stays_as_it_is_and_is_measured():
+    def train(is_frozen, dde_steps=2):
+        ddes = [DDE(build_energy_net(2, True, (6,), seed=seed), (0.2, 1.0), seed=seed) for seed in (0, 1)]
+        ddes[0].trainable = not is_frozen
+        egm = EGM(*ddes, build_generator(2, 2, (6,), seed=2), dde_steps=dde_steps, seed=3)
+        egm.compile()
+        before = egm.dde_real.get_weights()
+        losses = egm.fit(normal(64, 2), batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        is_same = all(np.array_equal(*pair) for pair in zip(before, egm.dde_real.get_weights(), strict=True))
+        assert egm.num_steps == 8
+        return egm, is_same, losses
+
+    egm, is_same, losses = train(is_frozen=True)
+    assert is_same
+    assert not train(is_frozen=False)[1]
+    egm.dde_real.compile()
+    expected = egm.dde_real.evaluate(normal(20_000, 2), batch_size=5000, verbose=0)
+    np.testing.assert_allclose(losses["loss_dde_real"], expected, rtol=0.3)
+
+
+def test_frozen_real_dde_is_frozen_after_loading(tmp_path):
+    ddes = [DDE(build_energy_net(2, True, (6,), seed=seed), (0.2, 1.0), seed=seed) for seed in (0, 1)]
+    ddes[0].trainable = False
+    egm = EGM(*ddes, build_generator(2, 2, (6,), seed=2), dde_steps=2, seed=3)
+    egm.compile()
+    egm.fit(normal(64, 2), batch_size=16, verbose=0)
+    egm.save(tmp_path / "egm.keras")
+    loaded = EGM.load(tmp_path / "egm.keras")
+    losses = [model.fit(normal(64, 2), batch_size=16, epochs=2, initial_epoch=1, verbose=0) for model in (egm, loaded)]
+    assert losses[0].history == losses[1].history
+    assert_equal_arrays(egm.get_weights(), loaded.get_weights())
+    assert_equal_arrays(loaded.dde_real.get_weights(), ddes[0].get_weights())
+
+
 @pytest.mark.parametrize("name", ["dim", "num_features", "latent_dim", "widths"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, None], ids=repr)
 def test_bad_sizes_of_networks_are_refused(name, value):
     for build in (build_generator,) if name == "latent_dim" else (build_energy_net, build_generator):
-        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got") as caught:
+        if (build, name) == (build_energy_net, "num_features") and value in (0, None) and value is not False:
+            continue  # tested below
+        with pytest.raises(ValueError, match=f"{name}.* must be an integer of at least 1, got") as caught:
             build(**{name: (4, value) if name == "widths" else value})
         assert repr(value) in str(caught.value)
         with pytest.raises(ValueError, match="widths must be a sequence of integers, got 4"):
