@@ -252,7 +252,6 @@ def build_image_energy_net(
     filters=(32, 64),
     units=256,
     activation="silu",
-    per_channel=False,
     data_mean=0.0,
     data_std=0.6,
     seed=0,
@@ -265,8 +264,6 @@ def build_image_energy_net(
         filters: channels of the convolutions; each halves height and width.
         units: units of the two dense layers.
         activation: a smooth activation.
-        per_channel: whether all but the last dense layer see one channel at a time, with the same weights for each:
-            right where the channels are images of one kind, wrong for colours.
         data_mean: mean of the data, in data units: an image (height, width, channels), or a number.
         data_std: standard deviation of a pixel about its mean, roughly, in data units.
         seed: integer that fixes the initial weights.
@@ -284,19 +281,15 @@ def build_image_energy_net(
     x = keras.Input(image_shape, dtype=exact, name="x")
     log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
     centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=exact)(x)
-    scaled = NoiseScaling(data_std)(centred, log_noise_std)
-    convolutions = [
-        keras.layers.Conv2D(size, 3, 2, "same", activation=activation, kernel_initializer=next(initializers))
-        for size in filters
-    ]
-    dense = keras.layers.Dense(units, activation, kernel_initializer=next(initializers))
-    features = []
-    for part in [scaled[..., c : c + 1] for c in range(image_shape[2])] if per_channel else [scaled]:
-        for convolution in convolutions:
-            part = convolution(_append_level(part, log_noise_std))
-        features.append(dense(_append_level(keras.layers.Flatten()(part), log_noise_std)))
-    hidden = keras.layers.Concatenate()(features) if len(features) > 1 else features[0]
-    hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
+    hidden = NoiseScaling(data_std)(centred, log_noise_std)
+    for size in filters:
+        convolution = keras.layers.Conv2D(
+            size, 3, 2, padding="same", activation=activation, kernel_initializer=next(initializers)
+        )
+        hidden = convolution(_append_level(hidden, log_noise_std))
+    hidden = keras.layers.Flatten()(hidden)
+    for _ in range(2):
+        hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
     log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(centred, log_noise_std)])
     inputs = [x, log_noise_std] if noise_conditional else x

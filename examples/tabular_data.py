@@ -150,7 +150,7 @@ def _load_patches(size, rng):
         x = (x + rng.random(x.shape)) / 256
         return (x - x.mean(axis=1, keepdims=True))[:, :-1]
 
-    return Split(cut(0, 0.7, 200_000), cut(0.7, 0.8, 10_000), cut(0.8, 1, 20_000))
+    return Split(cut(0, 0.7, 200_000), cut(0.7, 0.8, 5_000), cut(0.8, 1, 5_000))
 
 
 def load_local(name, folder):

@@ -1312,29 +1312,16 @@ def test_levels_that_do_not_fit_the_points_are_refused(noise_std):
 IMAGES = {"image_shape": (8, 4, 2), "filters": (5, 6), "units": 7}
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("noise_conditional", [False, True])
-def test_image_energy_net_returns_one_number_an_image(noise_conditional, per_channel):
-    net = build_image_energy_net(**IMAGES, noise_conditional=noise_conditional, per_channel=per_channel)
+def test_image_energy_net_returns_one_number_an_image(noise_conditional):
+    net = build_image_energy_net(**IMAGES, noise_conditional=noise_conditional)
     x, level = normal(4, 8, 4, 2), normal(4, 1)
     assert net([x, level] if noise_conditional else x).shape == (4, 1)
     convolutions = [layer for layer in net.layers if isinstance(layer, keras.layers.Conv2D)]
-    num_channels = (1 if per_channel else 2) + noise_conditional
     assert [layer.filters for layer in convolutions] == [5, 6]
-    assert convolutions[0].kernel.shape[2] == num_channels
+    assert convolutions[0].kernel.shape[2] == 2 + noise_conditional
     if noise_conditional:
         assert not np.allclose(net([x, level]), net([x, level + 1]))
-
-
-def test_per_channel_network_has_the_same_weights_for_each_channel():
-    # Its last dense layer tells channels apart, what is below does not: the features of swapped channels are swapped.
-    net = build_image_energy_net(**IMAGES, per_channel=True)
-    features = keras.Model(
-        net.inputs, next(layer for layer in net.layers if layer.name.startswith("concatenate")).output
-    )
-    x = normal(4, 8, 4, 2)
-    first, second = np.split(features(x), 2, axis=1)
-    np.testing.assert_allclose(features(x[..., ::-1]), np.concatenate([second, first], axis=1), atol=1e-6)
 
 
 def test_far_images_have_the_log_density_of_the_gaussian_around_the_mean():
@@ -1364,7 +1351,6 @@ def test_every_option_of_an_image_network_matters():
         "filters": (5,),
         "units": 3,
         "activation": "tanh",
-        "per_channel": True,
         "data_mean": 0.1,
         "data_std": 1.0,
     }
