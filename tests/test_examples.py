@@ -140,7 +140,7 @@ def test_short_images_with_backup(tmp_path):
     assert "accuracy on 360 test images" in texts(notebook, "text/plain")
 
 
-@pytest.mark.parametrize("dataset", ["celeba", "stacked_mnist"])
+@pytest.mark.parametrize("dataset", ["celeba", pytest.param("stacked_mnist", marks=pytest.mark.slow)])
 def test_short_images_from_local_files(tmp_path, dataset):
     write_faces(tmp_path / "data")
     write_mnist(tmp_path / "data")
