@@ -34,7 +34,7 @@ def run(folder, name, **settings):
 def texts(notebook, kind):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     found = [output.get("data", {}).get(kind, "") for output in outputs]
-    return "\n".join(found + [output.get("text", "") for output in outputs if kind == "text/plain"])
+    return "\n\n".join(found + [output.get("text", "") for output in outputs if kind == "text/plain"])
 
 
 def table(notebook, header):
