@@ -1393,13 +1393,13 @@ def test_bad_arguments_of_image_generators_are_refused():
 
 
 def test_frozen_real_dde_stays_as_it_is_and_is_measured():
-    def train(is_frozen, dde_steps=2):
+    def train(is_frozen):
         ddes = [DDE(build_energy_net(2, True, (6,), seed=seed), (0.2, 1.0), seed=seed) for seed in (0, 1)]
         ddes[0].trainable = not is_frozen
-        egm = EGM(*ddes, build_generator(2, 2, (6,), seed=2), dde_steps=dde_steps, seed=3)
+        egm = EGM(*ddes, build_generator(2, 2, (6,), seed=2), dde_steps=2, seed=3)
         egm.compile()
         before = egm.dde_real.get_weights()
-        losses = egm.fit(normal(64, 2), batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        losses = egm.fit(normal(16_384, 2), batch_size=4096, epochs=2, shuffle=False, verbose=0).history
         is_same = all(np.array_equal(*pair) for pair in zip(before, egm.dde_real.get_weights(), strict=True))
         assert egm.num_steps == 8
         return egm, is_same, losses
@@ -1409,7 +1409,7 @@ def test_frozen_real_dde_stays_as_it_is_and_is_measured():
     assert not train(is_frozen=False)[1]
     egm.dde_real.compile()
     expected = egm.dde_real.evaluate(normal(20_000, 2), batch_size=5000, verbose=0)
-    np.testing.assert_allclose(losses["loss_dde_real"], expected, rtol=0.3)
+    np.testing.assert_allclose(losses["loss_dde_real"], expected, rtol=0.1)
 
 
 def test_frozen_real_dde_is_frozen_after_loading(tmp_path):
