@@ -97,9 +97,9 @@ class NoiseScaling(keras.layers.Layer):
         self.data_std = data_std
 
     def call(self, x, log_noise_std=None):
-        variance = keras.ops.cast(self.data_std**2, x.dtype)
+        variance = _noisy_variance(self.data_std, log_noise_std, x.dtype)
         if log_noise_std is not None:
-            variance = variance + keras.ops.exp(2.0 * keras.ops.reshape(log_noise_std, (-1,) + (1,) * (x.ndim - 1)))
+            variance = keras.ops.reshape(variance, (-1,) + (1,) * (x.ndim - 1))
         return keras.ops.cast(x / keras.ops.sqrt(variance), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
@@ -124,9 +124,7 @@ class GaussianLogDensity(keras.layers.Layer):
         self.data_std = data_std
 
     def call(self, x, log_noise_std=None):
-        variance = keras.ops.cast(self.data_std**2, x.dtype)
-        if log_noise_std is not None:
-            variance = variance + keras.ops.exp(2.0 * log_noise_std)  # (batch, 1)
+        variance = _noisy_variance(self.data_std, log_noise_std, x.dtype)
         dim = math.prod(x.shape[1:])
         squared_norm = keras.ops.sum(keras.ops.square(keras.ops.reshape(x, (-1, dim))), axis=-1, keepdims=True)
         return -0.5 * (squared_norm / variance + dim * keras.ops.log(2.0 * math.pi * variance))
@@ -136,6 +134,12 @@ class GaussianLogDensity(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "data_std": self.data_std}
+
+
+def _noisy_variance(data_std, log_noise_std, dtype):
+    """data_std^2 + noise_std^2, (batch, 1); a scalar without a noise level."""
+    variance = keras.ops.cast(data_std**2, dtype)
+    return variance if log_noise_std is None else variance + keras.ops.exp(2.0 * log_noise_std)
 
 
 def build_energy_net(
@@ -185,12 +189,8 @@ def build_energy_net(
         hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
     else:
         hidden = NoiseScaling(data_std)(x, log_noise_std)
-    if noise_conditional:
-        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
-    hidden = _stack_dense_layers(hidden, widths, activation, initializers)
-    # A bias here would be the log density's free constant: it has no gradient.
-    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
-    log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
+    hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), widths, activation, initializers)
+    log_density = _correct_base_measure(hidden, x, log_noise_std, data_std, next(initializers))
     inputs = [x, log_noise_std] if noise_conditional else x
     return keras.Model(inputs, log_density, name="energy_net")
 
@@ -290,8 +290,7 @@ def build_image_energy_net(
     hidden = keras.layers.Flatten()(hidden)
     for _ in range(2):
         hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
-    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=next(initializers), dtype=exact)(hidden)
-    log_density = keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(centred, log_noise_std)])
+    log_density = _correct_base_measure(hidden, centred, log_noise_std, data_std, next(initializers))
     inputs = [x, log_noise_std] if noise_conditional else x
     return keras.Model(inputs, log_density, name="image_energy_net")
 
@@ -356,6 +355,14 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
         pixels = keras.layers.Dense(math.prod(image_shape), kernel_initializer=small, dtype=exact)(hidden)
         correction = keras.layers.Reshape(image_shape, dtype=exact)(pixels)
     return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
+
+
+def _correct_base_measure(hidden, x, log_noise_std, data_std, initializer):
+    """One number from the hidden units, plus the log density of the Gaussian: the output of an energy network."""
+    exact = keras.config.dtype_policy().variable_dtype
+    # A bias here would be the log density's free constant: it has no gradient.
+    correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=initializer, dtype=exact)(hidden)
+    return keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
 
 
 def _append_level(hidden, log_noise_std):

@@ -20,7 +20,7 @@ LOCAL_DATASETS = {"POWER": 6, "GAS": 8, "HEPMASS": 21, "MINIBOONE": 43, "BSDS300
 SHIPPED_DATASETS = ("wine", "breast_cancer", "patches_3x3", "patches_8x8")
 KNOWN_DENSITIES = ("gaussian", "mixture", "banana")
 
-# Bounds the memory of KnownDensity.log_density: this many (point, component) pairs at a time.
+# Bounds the memory of KnownDensity.noisy_log_density: this many (point, component) pairs at a time.
 _PAIRS_PER_CHUNK = 2**22
 
 

@@ -1431,7 +1431,7 @@ def test_frozen_real_dde_is_frozen_after_loading(tmp_path):
 def test_bad_sizes_of_networks_are_refused(name, value):
     for build in (build_generator,) if name == "latent_dim" else (build_energy_net, build_generator):
         if (build, name) == (build_energy_net, "num_features") and value in (0, None) and value is not False:
-            continue  # tested below
+            continue  # allowed
         with pytest.raises(ValueError, match=f"{name}.* must be an integer of at least 1, got") as caught:
             build(**{name: (4, value) if name == "widths" else value})
         assert repr(value) in str(caught.value)
