@@ -188,7 +188,7 @@ def test_stacked_digits():
     single, stacks = load_images("digits"), load_images("stacked_digits")
     check_pixels(stacks)
     assert stacks.train.shape == (25_600, 8, 8, 3)
-    assert stacks.test.shape == (10_000, 8, 8, 3)
+    assert stacks.test.shape == (26_000, 8, 8, 3)
     assert len(np.unique(stacks.train_labels)) == 1000
     train = {row.tobytes(): label for row, label in zip(single.train, single.train_labels, strict=True)}
     for stack, mode in zip(stacks.train[:100], stacks.train_labels, strict=False):
