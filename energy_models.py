@@ -606,7 +606,12 @@ class DDE(ResumableModel):
         return {"optimizer": keras.saving.serialize_keras_object(self.optimizer), **self._compile_options}
 
     def compile_from_config(self, config):
+        is_frozen = not self.trainable
+        if is_frozen:  # after its training, whose optimizer has slots for all weights
+            self.trainable = True
         self.compile(**keras.saving.deserialize_keras_object(config))
+        if is_frozen:
+            self.trainable = False
 
     @property
     def metrics(self):

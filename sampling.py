@@ -269,7 +269,9 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
     as long, and is for densities far from Gaussian in more than a few dimensions, with noise too low to hide that.
 
     With a range of levels, dual score matching (arXiv:2506.05310) gives all of them one constant, so it is measured at
-    the highest, where it is easy. On the models of the tutorial, it is that of the lowest level to 0.006 nats.
+    the highest, where it is easy. On the models of the tutorial, it is that of the lowest level to 0.006 nats; in many
+    dimensions the two may differ by a tenth of a nat and more, which no standard error tells. Where that matters, give
+    the level that is used as ``noise_std``, with "annealed".
 
     The effective sample size tells how well the points that were drawn cover the density; a part of it where none was
     drawn, such as a mode that ``data`` do not have, is missed unseen.
