@@ -21,7 +21,7 @@ tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEE
 
 # Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
 EXAMPLES ?= density_benchmark images
-examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (25 minutes; settings: EXAMPLES, STEPS, SEED)
+examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (half an hour; settings: EXAMPLES, STEPS, SEED)
 	$(VENV)/bin/python execute_notebook.py $(EXAMPLES:%=examples/%.ipynb)
 
 models: $(INSTALLED) ## Train the ready-made models in example_models/ (four minutes)
