@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import re
@@ -142,7 +143,10 @@ def test_interrupt_stops_the_kernel_and_leaves_the_file_as_it_was(write_notebook
     path = write_notebook(TRAINING + "import time\ntime.sleep(60)")
     before = path.read_bytes()
     command = [sys.executable, SCRIPT, path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+    ) as process:
         while "epoch" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal_number)
