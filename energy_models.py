@@ -598,7 +598,12 @@ class DDE(ResumableModel):
         """Set the optimizer; None is ``Adam(1e-3)``. Other arguments as for ``keras.Model.compile``."""
         super().compile(optimizer=keras.optimizers.Adam(1e-3) if optimizer is None else optimizer, **kwargs)
         if self.built:
+            is_frozen = not self.trainable
+            if is_frozen:  # slots for all weights, whether it was frozen before or after: files of both can be loaded
+                self.trainable = True
             self.optimizer.build(self.trainable_variables)  # only a built optimizer is saved with its slots
+            if is_frozen:
+                self.trainable = False
 
     def get_compile_config(self):
         if not self.compiled:
@@ -606,12 +611,7 @@ class DDE(ResumableModel):
         return {"optimizer": keras.saving.serialize_keras_object(self.optimizer), **self._compile_options}
 
     def compile_from_config(self, config):
-        is_frozen = not self.trainable
-        if is_frozen:  # after its training, whose optimizer has slots for all weights
-            self.trainable = True
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if is_frozen:
-            self.trainable = False
 
     @property
     def metrics(self):

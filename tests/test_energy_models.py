@@ -1413,11 +1413,14 @@ def test_frozen_real_dde_stays_as_it_is_and_is_measured():
 
 
 @pytest.mark.filterwarnings("error:Skipping variable loading")
-def test_frozen_real_dde_is_frozen_after_loading(tmp_path):
+@pytest.mark.parametrize("compiled_again", [False, True])
+def test_frozen_real_dde_is_frozen_after_loading(tmp_path, compiled_again):
     ddes = [DDE(build_energy_net(2, True, (6,), seed=seed), (0.2, 1.0), seed=seed) for seed in (0, 1)]
     ddes[0].compile()
     ddes[0].fit(normal(64, 2), verbose=0)
     ddes[0].trainable = False
+    if compiled_again:
+        ddes[0].compile()
     egm = EGM(*ddes, build_generator(2, 2, (6,), seed=2), dde_steps=2, seed=3)
     egm.compile()
     egm.fit(normal(64, 2), batch_size=16, verbose=0)
