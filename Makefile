@@ -17,12 +17,12 @@ help: ## List the targets
 # Settings given to make are environment variables of the notebook:
 # make tutorial DATASET=rings SEED=1 EPOCHS=50 OUTPUT_DIR=rings_images
 tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
-	$(VENV)/bin/python execute_notebook.py egm_dde.ipynb
+	$(VENV)/bin/python -m egm_dde.notebook egm_dde.ipynb
 
 # Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
 EXAMPLES ?= density_benchmark images
 examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (half an hour; settings: EXAMPLES, STEPS, SEED)
-	$(VENV)/bin/python execute_notebook.py $(EXAMPLES:%=examples/%.ipynb)
+	$(VENV)/bin/python -m egm_dde.notebook $(EXAMPLES:%=examples/%.ipynb)
 
 models: $(INSTALLED) ## Train the ready-made models in example_models/ (four minutes)
 	$(VENV)/bin/python train_models.py

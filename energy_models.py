@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from training import ResumableModel, check_finite, check_positive_integer, format_shape
+from egm_dde.training import ResumableModel, check_finite, check_positive_integer, format_shape
 
 _PACKAGE = "egm_dde"
 

@@ -19,7 +19,7 @@ import keras
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-import visualization
+from egm_dde import visualization
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS, sample_2d_data
 

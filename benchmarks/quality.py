@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import report
 
-import evaluation
+from egm_dde import evaluation
 import train_models
 from utils import DATASETS
 

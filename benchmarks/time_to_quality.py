@@ -21,7 +21,7 @@ import numpy as np
 import report
 import tensorflow as tf
 
-import evaluation
+from egm_dde import evaluation
 import train_models
 from energy_models import DDE, EGM
 from utils import DATASETS, sample_2d_data

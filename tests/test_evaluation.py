@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation import (
+from egm_dde.evaluation import (
     density_metrics,
     label_coverage,
     mode_coverage,

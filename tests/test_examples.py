@@ -11,7 +11,7 @@ import pytest
 from test_example_data import write_faces, write_mnist
 from test_notebook import check_outputs, code_cells, num_lines
 
-import execute_notebook
+from egm_dde.notebook import main as execute
 from energy_models import EGM
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ def run(folder, name, **settings):
     with pytest.MonkeyPatch.context() as environment:
         for setting, value in settings.items():
             environment.setenv(setting, str(value))
-        assert execute_notebook.main([str(folder / "examples" / f"{name}.ipynb")]) == 0
+        assert execute([str(folder / "examples" / f"{name}.ipynb")]) == 0
     return nbformat.read(folder / "examples" / f"{name}.ipynb", as_version=4)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from keras.optimizers import SGD, Adam
 
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from training import check_points
+from egm_dde.training import check_points
 
 
 def normal(*shape, seed=0):

@@ -1,181 +1,211 @@
-"""The tutorial notebook: its kept state, its style, and a short run of it in a folder of its own."""
-
-import ast
-import itertools
+import functools
+import io
+import json
 import re
-import shutil
-import statistics
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import imageio.v3 as iio
 import nbformat
-import numpy as np
 import pytest
 
-import execute_notebook
+from egm_dde import notebook
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "egm_dde.ipynb"
-GIFS = ("den_real.gif", "den_fake.gif", "samples.gif")
-MODULES = (
-    "energy_models.py",
-    "evaluation.py",
-    "files.py",
-    "sampling.py",
-    "training.py",
-    "utils.py",
-    "visualization.py",
+SCRIPT = Path(notebook.__file__)
+
+TRAINING = """
+from IPython.display import display
+
+class Progress:
+    epoch = 0
+    def __repr__(self):
+        return f"epoch {self.epoch}/3, gen_loss 0.123, {3 - self.epoch} s to go"
+
+progress = Progress()
+handle = display(progress, display_id=True)
+for progress.epoch in 1, 2, 3:
+    handle.update(progress)
+"""
+
+
+@pytest.fixture
+def write_notebook(tmp_path):
+    """Writes a notebook of the given cells, Markdown where they begin with `#`."""
+
+    def write(*sources):
+        cells = [
+            (nbformat.v4.new_markdown_cell if source.startswith("#") else nbformat.v4.new_code_cell)(source)
+            for source in sources
+        ]
+        path = tmp_path / "notebook.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        return path
+
+    return write
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def test_outputs_are_written_and_shown_as_they_come(write_notebook, capsys):
+    path = write_notebook("# Story", "answer = 6 * 7", "## Training the net", TRAINING, "print(answer)\nanswer")
+
+    assert notebook.main([str(path)]) == 0
+
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == [1, 2, 3]
+    assert not cells[0].outputs
+    assert cells[1].outputs[0].data["text/plain"] == "epoch 3/3, gen_loss 0.123, 0 s to go"
+    assert [output.output_type for output in cells[2].outputs] == ["stream", "execute_result"]
+    assert cells[2].outputs[0].text == "42\n"
+    assert all(cell.metadata == {} for cell in cells)
+
+    lines = [re.sub(r"[0-9.]+ s\b(?! to go)", "# s", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        f"{path}",
+        "Story",
+        "[1/3] answer = 6 * 7",
+        "    (# s)",
+        "Training the net",
+        "[2/3] from IPython.display import display",
+        "    epoch 1/3, gen_loss 0.123, 2 s to go",
+        "    epoch 3/3, gen_loss 0.123, 0 s to go",
+        "    (# s)",
+        "[3/3] print(answer)",
+        "    (# s)",
+        f"{path} written, # s in total",
+    ]
+
+
+def test_executing_again_changes_nothing(write_notebook):
+    path = write_notebook("# Story", "import numpy", "print(numpy.arange(3))")
+    path.chmod(0o640)
+    assert notebook.main([str(path)]) == 0
+    first = path.read_bytes()
+
+    assert notebook.main([str(path)]) == 0
+
+    assert path.read_bytes() == first
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(path.parent.iterdir()) == [path]
+    assert nbformat.read(path, as_version=4).metadata == notebook.METADATA
+
+
+def test_kernel_is_this_python_in_the_notebooks_folder_and_environment(write_notebook, tmp_path, monkeypatch):
+    other_python = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    other_python.parent.mkdir(parents=True)
+    other_python.write_text(json.dumps({"argv": ["false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("DATASET", "rings")
+    path = write_notebook("import os, sys\nprint(sys.executable, os.getcwd(), os.environ['DATASET'], sep='\\n')")
+
+    assert notebook.main([str(path)]) == 0
+
+    text = code_cells(path)[0].outputs[0].text
+    assert text.splitlines() == [sys.executable, str(tmp_path.resolve()), "rings"]
+
+
+def test_log_of_compiled_libraries_is_not_kept(write_notebook):
+    path = write_notebook("import os\nn = os.write(2, b'noise'), os.write(1, b'noise')")
+    assert notebook.main([str(path)]) == 0
+    assert not code_cells(path)[0].outputs
+
+
+def test_error_leaves_the_file_as_it_was(write_notebook, capsys):
+    path = write_notebook("print('fine')", "1 / 0", "print('never')")
+    before = path.read_bytes()
+
+    assert notebook.main([str(path)]) == 1
+
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError: division by zero" in printed.err
+    assert "\x1b" not in printed.err
+    assert "[2/3] 1 / 0" in printed.out and "[3/3]" not in printed.out
+
+
+def test_dead_kernel_leaves_the_file_as_it_was(write_notebook, capfd):
+    path = write_notebook("import os\nn = os.write(2, b'out of luck')\nos._exit(3)")
+    before = path.read_bytes()
+
+    assert notebook.main([str(path)]) == 1
+
+    assert path.read_bytes() == before
+    assert "out of luck" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_stops_the_kernel_and_leaves_the_file_as_it_was(write_notebook, signal_number):
+    path = write_notebook(TRAINING + "import time\ntime.sleep(60)")
+    before = path.read_bytes()
+    command = [sys.executable, SCRIPT, path]
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+    ) as process:
+        while "epoch" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal_number)
+        _, error = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert error == f"\nInterrupted; {path} is left as it was.\n"
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), ("no notebook", "is not a notebook"), ("[]", "is not a notebook")],
 )
+def test_path_without_a_notebook_ends_with_status_2(tmp_path, capsys, content, message):
+    path = tmp_path / "missing.ipynb"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        notebook.main([str(path)])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and str(path) in error
 
 
-@pytest.fixture(scope="module")
-def kept():
-    return nbformat.read(NOTEBOOK, as_version=4)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    """A folder in which the notebook was executed with two epochs."""
-    folder = tmp_path_factory.mktemp("tutorial")
-    for name in (NOTEBOOK.name, *MODULES):
-        shutil.copy(ROOT / name, folder / name)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("EPOCHS", "2")
-        environment.setenv("SEED", "3")
-        environment.setenv("DATASET", "rings")
-        environment.setenv("OUTPUT_DIR", "rings_images")
-        assert execute_notebook.main([str(folder / NOTEBOOK.name)]) == 0
-    return folder
+def test_terminal_rewrites_one_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    report = notebook.CellReport("[1/1] egm.fit(samples)", terminal)
+    report.show_progress("epoch 1/2")
+    report.show_progress("epoch 2/2, " + "x" * 40)
+    report.finish()
+
+    label, progress = terminal.getvalue().rstrip("\n").split("\n")
+    assert label == "[1/1] egm.fit(samples)"
+    first, second = progress.split("\r\x1b[K")
+    assert first == "    epoch 1/2"
+    assert second == "    epoch 2/2, " + "x" * 21 + "...  (0.0 s)"
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+def test_elsewhere_progress_comes_in_few_lines(monkeypatch):
+    clock = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(notebook, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    stream = io.StringIO()
+    report = notebook.CellReport("[1/1] egm.fit(samples)", stream)
+    for clock.seconds in range(25):
+        report.show_progress(f"epoch {clock.seconds}")
+    report.finish()
+    epochs = ["    epoch 0", "    epoch 10", "    epoch 20", "    epoch 24", "    (24.0 s)"]
+    assert stream.getvalue().splitlines() == ["[1/1] egm.fit(samples)", *epochs]
 
 
-def num_lines(cell):
-    return len([line for line in cell.source.splitlines() if line.strip()])
-
-
-def check_outputs(notebook):
-    """Execution counts are 1..n, nothing went to stderr, and nothing reads like a warning or an error."""
-    cells = code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    for cell in cells:
-        for output in cell.outputs:
-            assert output.output_type != "error"
-            assert output.get("name") != "stderr"
-            text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
-            assert not re.search(r"warning|error|traceback", text, flags=re.IGNORECASE), text
-
-
-def check_gif(path, num_frames):
-    metadata = [iio.immeta(path, index=index) for index in range(num_frames)]
-    frames = iio.imread(path)
-    assert len(frames) == num_frames
-    assert [entry["duration"] for entry in metadata] == [100] * (num_frames - 1) + [1500]
-    assert metadata[0]["loop"] == 0
-    assert path.stat().st_size < 1_500_000
-    assert all(np.abs(frame.astype(int) - following).max() > 0 for frame, following in itertools.pairwise(frames))
-
-
-def test_kept_notebook_is_one_clean_run(kept):
-    assert NOTEBOOK.stat().st_size < 1_500_000
-    check_outputs(kept)
-
-
-def test_kept_gifs():
-    for name in GIFS:
-        path = ROOT / "example_images" / name
-        check_gif(path, len(iio.imread(path)))
-        assert len(iio.imread(path)) >= 40
-
-
-def test_style(kept):
-    text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
-    assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
-    lengths = [num_lines(cell) for cell in code_cells(kept)]
-    assert max(lengths) <= 40
-    assert statistics.median(lengths) <= 12
-    # Text before every code cell.
-    kinds = [cell.cell_type for cell in kept.cells]
-    assert not [index for index, pair in enumerate(itertools.pairwise(kinds)) if pair == ("code", "code")]
-    assert kinds[0] == "markdown"
-
-
-def test_sections_come_in_order(kept):
-    text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
-    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    wanted = ["Setup", "Parameters", "data", "estimator", "generative model", "Results", "wrong", "next"]
-    places = [next(i for i, heading in enumerate(headings) if word in heading) for word in wanted]
-    assert places == sorted(places)
-
-
-def test_one_parameters_cell(kept):
-    tagged = [cell for cell in code_cells(kept) if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    names = [target.id for node in ast.parse(tagged[0].source).body for target in node.targets]
-    assert names == ["DATASET", "SEED", "EPOCHS", "OUTPUT_DIR"]
-
-
-def test_imports_are_in_the_setup_cell(kept):
-    importing = [cell for cell in code_cells(kept) if re.search(r"^(import|from) ", cell.source, flags=re.MULTILINE)]
-    assert importing == code_cells(kept)[:1]
-
-
-def test_short_run_is_clean(short_run):
-    notebook = nbformat.read(short_run / NOTEBOOK.name, as_version=4)
-    check_outputs(notebook)
-    assert "rings_images" in str(code_cells(notebook))
-
-
-def test_short_run_writes_gifs_and_model(short_run):
-    written = {path.name for path in (short_run / "rings_images").iterdir()}
-    assert written == {*GIFS, "egm.keras"}
-    assert not (short_run / "example_images").exists()
-    for name in GIFS:
-        check_gif(short_run / "rings_images" / name, 3)  # before training and after each epoch
-
-
-def test_model_of_the_short_run_loads(short_run):
-    import keras
-
-    import energy_models  # noqa: F401  registers the classes
-
-    egm = keras.saving.load_model(short_run / "rings_images" / "egm.keras")
-    samples = egm.sample(100, seed=0)
-    assert samples.shape == (100, 2)
-    assert np.isfinite(samples).all()
-    assert int(egm.gen_optimizer.iterations) == 100
-    log_density, score = egm.dde_real(samples)
-    assert log_density.shape == (100, 1)
-    assert score.shape == (100, 2)
-
-
-def test_the_notebook_and_the_ready_trained_models_have_one_recipe(short_run):
-    import keras
-
-    import train_models
-
-    trained = keras.saving.load_model(short_run / "rings_images" / "egm.keras")
-    recipe = train_models.build_egm(seed=3, epochs=2)
-    assert without_names(trained.get_config()) == without_names(recipe.get_config())
-    assert without_names(trained.get_compile_config()) == without_names(recipe.get_compile_config())
-    kept = nbformat.read(NOTEBOOK, as_version=4)
-    source = "\n".join(cell.source for cell in code_cells(kept))
-    for line in (
-        f"BATCH_SIZE = {train_models.BATCH_SIZE}",
-        f"STEPS_PER_EPOCH = {train_models.STEPS_PER_EPOCH}",
-        f'os.environ.get("EPOCHS", "{train_models.EPOCHS}")',
-        f"NUM_BATCHES = {train_models.NUM_BATCHES}",
-    ):
-        assert line in source
-
-
-def without_names(config):
-    """Drop the names of networks and layers, which Keras numbers through."""
-    if isinstance(config, dict):
-        dropped = {"name", "module", "registered_name", "input_layers", "output_layers", "inbound_nodes"}
-        return {key: without_names(value) for key, value in config.items() if key not in dropped}
-    if isinstance(config, (list, tuple)):
-        return [without_names(value) for value in config]
-    return config
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3725.4, "62 min 05 s")]
+)
+def test_durations_are_written_for_people(seconds, text):
+    assert notebook.format_duration(seconds) == text

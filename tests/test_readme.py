@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from evaluation import density_metrics, mode_coverage
+from egm_dde.evaluation import density_metrics, mode_coverage
 from utils import sample_2d_data
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,10 @@ import tensorflow as tf
 from scipy import stats
 from scipy.special import logsumexp
 
-import sampling
+from egm_dde import sampling
 from energy_models import DDE, EGM, build_energy_net
-from evaluation import mode_shares
-from sampling import annealed_langevin, langevin, log_partition
+from egm_dde.evaluation import mode_shares
+from egm_dde.sampling import annealed_langevin, langevin, log_partition
 from utils import GAUSSIAN_CENTRES, GAUSSIAN_STD, sample_2d_data
 
 OFFSET = -12.5

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-import evaluation
+from egm_dde import evaluation
 import train_models
 from utils import DATASETS
 

@@ -22,9 +22,9 @@ import tensorflow as tf
 from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
 
-import files
+from egm_dde import files
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from visualization import write_gif
+from egm_dde.visualization import write_gif
 
 KINDS = ["DDE", "EGM"]
 NUM_POINTS, BATCH_SIZE, EPOCHS = 22, 4, 4  # the last of the 6 batches of an epoch is smaller

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from files import replacing
+from egm_dde.files import replacing
 
 # What a file of a model has to hold.
 _PARTS_OF_A_FILE = {"config.json", "metadata.json", "model.weights.h5"}

@@ -1,6 +1,6 @@
 """Execute notebooks in place, showing on the terminal which cell runs and how far its training is.
 
-    python execute_notebook.py NOTEBOOK [NOTEBOOK ...]
+    python -m egm_dde.notebook NOTEBOOK [NOTEBOOK ...]
 
 The kernel is the Python that runs this script, started in the notebook's folder. A notebook is written
 only after all of its cells have succeeded; after an error or Ctrl-C the file is what it was.
@@ -24,7 +24,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from files import replacing
+from egm_dde.files import replacing
 
 SECONDS_BETWEEN_LINES = 10  # of progress, where lines cannot be rewritten
 

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from files import replacing
+from egm_dde.files import replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
 VERMILION = "#d55e00"

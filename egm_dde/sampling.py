@@ -32,7 +32,7 @@ from energy_models import (
     _is_finite_number,
     _key,
 )
-from training import check_points, check_positive_integer
+from egm_dde.training import check_points, check_positive_integer
 
 # Bounds the memory, and keeps the hidden units in the cache: this many points at a time.
 _POINTS_PER_CHUNK = 2**14
