@@ -1,0 +1,267 @@
+"""Checks of arguments, networks and data: each is written once, here, and says what is allowed and what was given."""
+
+import math
+import numbers
+import random
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+PIECEWISE_LINEAR = {
+    *("relu", "relu6", "leaky_relu", "leakyrelu", "prelu", "hard_tanh", "hard_sigmoid", "hard_shrink", "hard_silu"),
+    *("soft_shrink", "threshold"),
+}
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def is_finite_number(value):
+    """Whether a value is a real number, neither infinite nor a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(name, value, smallest=1):
+    """Return an integer of at least ``smallest`` as an int, or raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < smallest:
+        raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+    return int(value)
+
+
+def check_positive(name, value):
+    """Return a positive finite number as a float, or raise ValueError."""
+    if not is_finite_number(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)
+
+
+def check_interval(name, value, low, high=math.inf):
+    """Return a number in [low, high) as a float, or raise ValueError."""
+    if not is_finite_number(value) or not low <= value < high:
+        upper = f" and less than {high}" if high < math.inf else ""
+        raise ValueError(f"{name} must be a finite number of at least {low}{upper}, got {value!r}")
+    return float(value)
+
+
+def check_bool(name, value):
+    """Return a bool, or raise ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_seed(seed):
+    """Return a seed as an int; None draws one from Python's ``random``."""
+    if seed is None:
+        return random.getrandbits(31)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be None or an integer from 0 to 2**31 - 1, got {seed!r}")
+    return int(seed)
+
+
+def check_noise_std(noise_std):
+    """Return a noise level as a float or a pair of floats, and as a pair (low, high)."""
+    is_pair = np.ndim(noise_std) == 1 and len(noise_std) == 2
+    low, high = noise_std if is_pair else (noise_std, noise_std)
+    if not all(is_finite_number(level) and level > 0 for level in (low, high)) or (is_pair and low >= high):
+        raise ValueError(
+            "noise_std must be a positive finite number, or a pair (low, high) of such with low < high; "
+            f"got {noise_std!r}"
+        )
+    low, high = float(low), float(high)
+    return ((low, high) if is_pair else low), (low, high)
+
+
+def check_levels(noise_std, noise_range, num_points):
+    """Check noise levels, as far as their values are known: a number, or one a point, within the range trained on."""
+    if tf.is_tensor(noise_std) and not tf.executing_eagerly():  # the values in a graph are not known yet
+        return
+    low, high = noise_range
+    level = np.asarray(noise_std)
+    if level.dtype.kind not in "fiu":
+        raise ValueError(f"noise_std must be a number or one a point, got {noise_std!r}")
+    if level.ndim and level.shape not in ((num_points,), (num_points, 1)):
+        raise ValueError(f"noise_std must be a number or one a point, ({num_points},); got shape {level.shape}")
+    if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():  # forgives levels made of float32
+        raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def check_sizes_and_scales(sizes, widths, scales):
+    """Check the arguments of a builder: integers by name, widths of layers, and positive numbers by name."""
+    if not isinstance(widths, (tuple, list)):
+        raise ValueError(f"widths must be a sequence of integers, got {widths!r}")
+    for name, size in [*sizes.items(), *(("each of widths", width) for width in widths)]:
+        check_integer(name, size)
+    for name, scale in scales.items():
+        check_positive(name, scale)
+
+
+def check_image_arguments(image_shape, data_mean):
+    """Return the shape of images as ints and their mean, a number or an image, as an array of floats."""
+    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
+    image_shape = tuple(check_integer("each of image_shape", size) for size in image_shape)
+    data_mean = np.asarray(data_mean)
+    if data_mean.dtype.kind not in "fiu" or not np.isfinite(data_mean).all():
+        raise ValueError(f"data_mean must be made of finite numbers, got {data_mean!r}")
+    if data_mean.shape not in ((), image_shape):
+        raise ValueError(f"data_mean must be a number or of shape {image_shape}, got shape {data_mean.shape}")
+    return image_shape, data_mean.astype(float)
+
+
+def check_network(name, net, num_inputs):
+    """Check what a network is, and its numbers of inputs and outputs as far as they are known before it is called."""
+    if not isinstance(net, keras.Model):
+        raise ValueError(f"{name} must be a keras.Model, got {net!r}")
+    for kind, needed in (("inputs", num_inputs), ("outputs", 1)):
+        given = getattr(net, kind, None)
+        if given and len(given) != needed:
+            hint = " (x, or [x, log(noise_std)] for a range of levels)" if (name, kind) == ("net", "inputs") else ""
+            raise ValueError(f"{name} must have {needed} {kind[:-1]}(s){hint}; got {len(given)}")
+
+
+def check_energy_net(net, num_inputs):
+    """Refuse layers that break a density (batch norm, float16); warn about piecewise linear ones such as ReLU."""
+    check_network("net", net, num_inputs)
+    for layer in walk_layers(net):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            raise ValueError(
+                f"net must not use batch normalization ({layer.name}): it makes the log density of a point depend on "
+                "the other points of its batch; LayerNormalization and GroupNormalization do not"
+            )
+        if layer.compute_dtype == "float16":
+            raise ValueError(
+                f"net must not compute in float16 ({layer.name}): the second derivatives that train it leave its "
+                "range; use float32, float64 or mixed_bfloat16"
+            )
+        for activation in (layer, getattr(layer, "activation", None)):
+            kind = getattr(activation, "__name__", type(activation).__name__).lower()
+            if kind in PIECEWISE_LINEAR:
+                warnings.warn(
+                    f"{kind} of {layer.name} is piecewise linear: the score of such a network is piecewise constant "
+                    "and learns badly; use a smooth activation such as tanh, silu, gelu or softplus",
+                    stacklevel=4,
+                )
+    if net.built and getattr(net, "output_shape", None) is not None:
+        check_scalar_output(net.output_shape)
+
+
+def check_scalar_output(shape):
+    """Check the shape of what the network of a DDE returns."""
+    if not isinstance(shape, (tuple, tf.TensorShape)) or len(shape) != 2 or shape[1] != 1:
+        raise ValueError(f"a DDE's network must return one number a point, shape (batch, 1); got shape {shape}")
+
+
+def check_egm_parts(dde_real, dde_fake, generator):
+    """Check that two DDEs and a generator fit together, and that their shapes are known."""
+    check_network("generator", generator, num_inputs=1)
+    if dde_real is dde_fake or dde_real.net is dde_fake.net:
+        raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
+    if dde_real.noise_std != dde_fake.noise_std:
+        raise ValueError(
+            "dde_real and dde_fake must have the same noise_std, "
+            f"got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
+        )
+    for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
+        if input_shape(net) is None:
+            raise ValueError(
+                f"the shapes of {name} must be known: give its network a keras.Input, or call it on a batch; got {net!r}"
+            )
+    given = tuple(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))).shape)
+    for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
+        if dde.event_shape != given[1:]:
+            raise ValueError(
+                f"the generator must return points of shape {format_shape(('batch', *dde.event_shape))} to fit {name}, "
+                f"got {format_shape(('batch', *given[1:]))}"
+            )
+
+
+def walk_layers(layer):
+    """All layers within a layer, however deep."""
+    for inner in getattr(layer, "layers", None) or ():
+        yield inner
+        yield from walk_layers(inner)
+
+
+def input_shape(net):
+    """Shape (None, ...) of a network's points, its first input; None if it is not known yet."""
+    if getattr(net, "inputs", None):
+        return tuple(net.inputs[0].shape)
+    shape = (net.get_build_config() or {}).get("input_shape") if net.built else None  # kept by the first call
+    if shape is None:
+        return None
+    shape = shape[0] if isinstance(shape[0], (list, tuple)) else shape  # of [x, log(noise_std)]
+    return (None, *shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def check_points(name, x, event_shape, dtype, smallest_noise_std):
+    """Return data as an array (n, *event) of a type, or raise an error that says what is wrong with them.
+
+    Args:
+        name: what the error calls them.
+        x: array of real numbers.
+        event_shape: shape of a point; None in it stands for any size, None instead of it for any shape.
+        dtype: "float32" or "float64".
+        smallest_noise_std: what rounding errors are compared with, in data units.
+
+    Returns:
+        NumPy array (n, *event).
+
+    Raises:
+        ValueError: for data that are empty, not finite, not real numbers, of another shape or too large.
+    """
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of points: {error}") from None
+    if array.dtype.name == "bfloat16":  # not a type of NumPy itself
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be real numbers (floats or integers), got {array.dtype}")
+    expected = ("...",) if event_shape is None else event_shape
+    shapes = zip(array.shape[1:], expected, strict=False)
+    fits = event_shape is None or (
+        array.ndim == 1 + len(event_shape) and all(size in (given, None) for given, size in shapes)
+    )
+    if array.ndim < 2 or not fits:
+        raise ValueError(f"{name} must have shape {format_shape(('n', *expected))}, got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name} must hold at least one point, got shape {array.shape}")
+    with np.errstate(over="ignore"):  # it is reported below
+        points = array.astype(dtype, copy=False)
+    is_finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
+    if not is_finite.all():
+        first = int(np.argmin(is_finite))
+        raise ValueError(
+            f"{name} must be finite, got NaN, infinity or numbers too large for {dtype} in {(~is_finite).sum()} of "
+            f"{len(points)} points, first at index {first}: {array[first].ravel()[:4]}"
+        )
+    largest = np.abs(points).max()
+    rounding = max(np.spacing(values.max()) for values in (largest, np.abs(array).max()) if values.dtype.kind == "f")
+    if rounding > 0.1 * smallest_noise_std:
+        raise ValueError(
+            f"{name} are as large as {largest:g}, where numbers of this type lie {rounding:g} apart, too far for a "
+            f"noise_std of {smallest_noise_std:g}: subtract the mean, or divide by the standard deviation"
+        )
+    return points
+
+
+def format_shape(shape):
+    """Write a shape such as ("batch", 2) for people."""
+    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
+
+def format_duration(seconds):
+    """Write a duration for people: "8.2 s" or "3 min 05 s"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s"
