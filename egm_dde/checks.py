@@ -1,13 +1,14 @@
-"""Checks of arguments, networks and data: each is written once, here, and says what is allowed and what was given."""
+"""Checks of arguments, networks and data: each is written once, here, and says what is allowed and what was given.
+
+TensorFlow and Keras are imported where they are needed: utils.py and evaluation.py do without.
+"""
 
 import math
 import numbers
 import random
 import warnings
 
-import keras
 import numpy as np
-import tensorflow as tf
 
 PIECEWISE_LINEAR = {
     *("relu", "relu6", "leaky_relu", "leakyrelu", "prelu", "hard_tanh", "hard_sigmoid", "hard_shrink", "hard_silu"),
@@ -76,6 +77,8 @@ def check_noise_std(noise_std):
 
 def check_levels(noise_std, noise_range, num_points):
     """Check noise levels, as far as their values are known: a number, or one a point, within the range trained on."""
+    import tensorflow as tf
+
     if tf.is_tensor(noise_std) and not tf.executing_eagerly():  # the values in a graph are not known yet
         return
     low, high = noise_range
@@ -116,6 +119,8 @@ def check_image_arguments(image_shape, data_mean):
 
 def check_network(name, net, num_inputs):
     """Check what a network is, and its numbers of inputs and outputs as far as they are known before it is called."""
+    import keras
+
     if not isinstance(net, keras.Model):
         raise ValueError(f"{name} must be a keras.Model, got {net!r}")
     for kind, needed in (("inputs", num_inputs), ("outputs", 1)):
@@ -127,6 +132,8 @@ def check_network(name, net, num_inputs):
 
 def check_energy_net(net, num_inputs):
     """Refuse layers that break a density (batch norm, float16); warn about piecewise linear ones such as ReLU."""
+    import keras
+
     check_network("net", net, num_inputs)
     for layer in walk_layers(net):
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -153,12 +160,16 @@ def check_energy_net(net, num_inputs):
 
 def check_scalar_output(shape):
     """Check the shape of what the network of a DDE returns."""
+    import tensorflow as tf
+
     if not isinstance(shape, (tuple, tf.TensorShape)) or len(shape) != 2 or shape[1] != 1:
         raise ValueError(f"a DDE's network must return one number a point, shape (batch, 1); got shape {shape}")
 
 
 def check_egm_parts(dde_real, dde_fake, generator):
     """Check that two DDEs and a generator fit together, and that their shapes are known."""
+    import keras
+
     check_network("generator", generator, num_inputs=1)
     if dde_real is dde_fake or dde_real.net is dde_fake.net:
         raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
@@ -202,7 +213,7 @@ def input_shape(net):
 # ---------------------------------------------------------------------------------------------- data
 
 
-def check_points(name, x, event_shape, dtype, smallest_noise_std):
+def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     """Return data as an array (n, *event) of a type, or raise an error that says what is wrong with them.
 
     Args:
