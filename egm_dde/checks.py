@@ -94,11 +94,11 @@ def check_levels(noise_std, noise_range, num_points):
 # ---------------------------------------------------------------------------------------------- networks
 
 
-def check_sizes_and_scales(sizes, widths, scales):
-    """Check the arguments of a builder: integers by name, widths of layers, and positive numbers by name."""
+def check_sizes_and_scales(sizes, widths, scales, name_of_widths="widths"):
+    """Check the arguments of a builder: integers by name, sizes of layers, and positive numbers by name."""
     if not isinstance(widths, (tuple, list)):
-        raise ValueError(f"widths must be a sequence of integers, got {widths!r}")
-    for name, size in [*sizes.items(), *(("each of widths", width) for width in widths)]:
+        raise ValueError(f"{name_of_widths} must be a sequence of integers, got {widths!r}")
+    for name, size in [*sizes.items(), *((f"each of {name_of_widths}", width) for width in widths)]:
         check_integer(name, size)
     for name, scale in scales.items():
         check_positive(name, scale)
@@ -175,13 +175,13 @@ def check_egm_parts(dde_real, dde_fake, generator):
         raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
     if dde_real.noise_std != dde_fake.noise_std:
         raise ValueError(
-            "dde_real and dde_fake must have the same noise_std, "
-            f"got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
+            f"dde_real and dde_fake must have the same noise_std, got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
         )
     for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
         if input_shape(net) is None:
             raise ValueError(
-                f"the shapes of {name} must be known: give its network a keras.Input, or call it on a batch; got {net!r}"
+                f"the shapes of {name} must be known: give its network a keras.Input, or call it on a batch; "
+                f"got {net!r}"
             )
     given = tuple(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))).shape)
     for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):

@@ -1,0 +1,111 @@
+"""The order of the data: a function of the seed and the number of steps made, which a resumed run repeats."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class ShuffledBatches(keras.utils.PyDataset):
+    """The batches of one epoch of an array; each pass over the data has an order of its own.
+
+    The order of a pass is a function of the model's seed and of the number of steps made before the pass.
+    """
+
+    def __init__(self, model, x, batch_size, shuffle, steps_per_epoch):
+        super().__init__()
+        self.model, self.x, self.batch_size, self.shuffle = model, x, batch_size, shuffle
+        num_replicas = model.distribute_strategy.num_replicas_in_sync
+        self.batches_per_pass = len(x) // batch_size if num_replicas > 1 else math.ceil(len(x) / batch_size)
+        if not self.batches_per_pass or batch_size % num_replicas:
+            raise ValueError(
+                f"on {num_replicas} devices, batch_size must be a multiple of {num_replicas} and at most the number of "
+                f"points, {len(x)}; got {batch_size}"
+            )
+        self.steps_per_epoch = steps_per_epoch
+        self.start_epoch()
+
+    def start_epoch(self):
+        # With a steps_per_epoch of its own, an epoch goes on where the last one stopped within a pass.
+        self.position = self.model.num_steps % self.batches_per_pass if self.steps_per_epoch else 0
+        self.first_step = self.model.num_steps - self.position  # of the pass
+        self.orders = {}
+
+    @property
+    def num_batches(self):
+        return self.steps_per_epoch or self.batches_per_pass
+
+    def __getitem__(self, index):
+        passes, place = divmod(self.position + index, self.batches_per_pass)
+        step = self.first_step + passes * self.batches_per_pass
+        if step not in self.orders:
+            order = np.arange(len(self.x))
+            self.orders = {
+                step: np.random.default_rng((self.model.seed, step)).permutation(order) if self.shuffle else order
+            }
+        return self.x[self.orders[step][place * self.batch_size : (place + 1) * self.batch_size]]
+
+
+class Run(keras.callbacks.Callback):
+    """Knows how far one ``fit`` is, be it begun by this process or by one that was interrupted."""
+
+    def __init__(self, model, initial_epoch):
+        super().__init__()
+        self.set_model(model)
+        self.batches = None  # those of an array
+        self.steps_per_epoch = None  # stays None where the data do not know their length
+        self.position = None  # number of steps made since the first epoch began
+        self.steps_at_start = model.num_steps
+        self.initial_epoch = initial_epoch
+
+    def continue_dataset(self, dataset, steps_per_epoch):
+        """Repeat a ``tf.data.Dataset`` from the batch on that comes next, which is known only when training begins."""
+        length = int(dataset.cardinality())
+        if length == 0:
+            raise ValueError("x must hold at least one batch, got an empty tf.data.Dataset")
+        if length == tf.data.INFINITE_CARDINALITY and steps_per_epoch is None:
+            raise ValueError("x is an endless tf.data.Dataset: say how many steps_per_epoch to take from it")
+        if (steps_per_epoch or length) % self.model.steps_per_execution:
+            if steps_per_epoch:
+                in_one_go = self.model.steps_per_execution
+                raise ValueError(
+                    f"steps_per_epoch must be a multiple of steps_per_execution={in_one_go}, got {steps_per_epoch}"
+                )
+            return dataset, None  # several steps at once cannot end within an epoch, unless the data do
+        if not steps_per_epoch and length < 0:
+            return dataset, None  # nobody knows its length
+        self.steps_per_epoch = steps_per_epoch or length
+        position = tf.data.Dataset.from_generator(
+            lambda: [self.position or 0], output_signature=tf.TensorSpec([], tf.int64)
+        )
+        batches = position.flat_map(lambda position: dataset.repeat().skip(position))
+        return batches.with_options(dataset.options()), self.steps_per_epoch
+
+    def on_train_begin(self, logs=None):
+        if self.steps_per_epoch is None:
+            return
+        # BackupAndRestore writes two files; a kill between them leaves them disagreeing. Trust the step count stored
+        # with the weights.
+        self.position = self.model.num_steps - self.steps_at_start + self.initial_epoch * self.steps_per_epoch
+        if self.position < 0:  # steps that this process made are given up
+            self.position = (self.model._initial_epoch or 0) * self.steps_per_epoch
+        self.model._initial_epoch = self.position // self.steps_per_epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.batches is not None:
+            self.batches.start_epoch()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.jit_compile and not self.model.stop_training:  # XLA leaves out the checks within a step
+            for name, value in logs.items():
+                if not np.isfinite(value):
+                    raise not_finite(name, self.model.num_steps)
+
+
+def not_finite(name, num_steps):
+    """The error for a number that is not finite."""
+    return FloatingPointError(
+        f"{name} is not finite: training has stopped at step {num_steps + 1}, and the weights are those before it. "
+        "Common causes are a learning rate that is too high, and data that are not finite or far from all others."
+    )
