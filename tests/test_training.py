@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import random
 import resource
 import signal
@@ -22,9 +21,8 @@ import tensorflow as tf
 from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
 
-from egm_dde import files
-from energy_models import DDE, EGM, build_energy_net, build_generator
 from egm_dde.visualization import write_gif
+from energy_models import DDE, EGM, build_energy_net, build_generator
 
 KINDS = ["DDE", "EGM"]
 NUM_POINTS, BATCH_SIZE, EPOCHS = 22, 4, 4  # the last of the 6 batches of an epoch is smaller
@@ -357,31 +355,6 @@ def test_a_full_disk_leaves_the_old_file(name, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == [name]
     WRITERS[name](model, path)
     assert (contents(path) != before) == (name != "picture.gif")
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    process = os.fork()
-    if process == 0:
-        with files.replacing(path) as temporary:
-            temporary.write_text("new, but only ha")
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(process, 0)
-    assert path.read_text() == "old"
-
-
-def test_replacing_keeps_links_and_brings_companions(tmp_path):
-    target, link = tmp_path / "target", tmp_path / "link"
-    target.write_text("old")
-    link.symlink_to(target)
-    with files.replacing(link) as temporary:
-        temporary.write_text("new")
-        temporary.with_name("companion").write_text("too")
-    assert link.is_symlink()
-    assert target.read_text() == "new"
-    assert (tmp_path / "companion").read_text() == "too"
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -1,0 +1,97 @@
+"""Files and folders are replaced whole or not at all."""
+
+import os
+import signal
+
+import pytest
+
+from egm_dde import files
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    process = os.fork()
+    if process == 0:
+        with files.replacing(path) as temporary:
+            temporary.write_text("new, but only ha")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert path.read_text() == "old"
+
+
+def test_replacing_keeps_links_and_brings_companions(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    with files.replacing(link) as temporary:
+        temporary.write_text("new")
+        temporary.with_name("companion").write_text("too")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert (tmp_path / "companion").read_text() == "too"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def write_folder(path, text):
+    path.mkdir()
+    (path / "variables").mkdir()
+    (path / "variables" / "weights").write_text(text)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "exported"
+    for text in ("old", "new"):
+        with files.replacing(path) as temporary:
+            write_folder(temporary, text)
+        assert (path / "variables" / "weights").read_text() == text
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["writing", "before", "between", "after"])
+def test_an_error_loses_no_folder(error, moment, monkeypatch, tmp_path):
+    """An error comes while the folder is written, or before, between or after the two renames that replace it."""
+    path = tmp_path / "exported"
+    write_folder(path, "old")
+    rename, replace = os.rename, os.replace
+
+    def rename_once(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        if moment != "before":
+            rename(source, target)
+        if moment != "after":
+            raise error
+
+    def replace_once(source, target):
+        replace(source, target)
+        raise error
+
+    if moment != "writing":
+        monkeypatch.setattr(os, "rename", rename_once)
+        monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(error), files.replacing(path) as temporary:
+        write_folder(temporary, "new")
+        if moment == "writing":
+            raise error
+    assert (path / "variables" / "weights").read_text() == ("new" if moment == "after" else "old")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept(monkeypatch, tmp_path):
+    path = tmp_path / "exported"
+    write_folder(path, "old")
+    rename = os.rename
+
+    def fail(source, target):
+        raise OSError
+
+    def rename_once(source, target):
+        monkeypatch.setattr(os, "rename", fail)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_once)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError), files.replacing(path) as temporary:
+        write_folder(temporary, "new")
+    assert [each.read_text() for each in tmp_path.glob(".exported.*/exported.old/variables/*")] == ["old"]
