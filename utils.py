@@ -8,13 +8,15 @@ The four distributions are those of the published tutorial, which took them from
 * ``rings``: four concentric rings of equal weight, blurred by Gaussian noise.
 
 What makes them worth learning from is that ``data + N(0, noise_std^2 I)``, the distribution a denoising density
-estimator is trained on, has a density that can be computed to machine precision: see ``noisy_density_2d``.
+estimator is trained on, has a density that can be computed to machine precision: see ``noisy_density_2d``. All but
+the spirals have modes of equal weight, and ``distances_to_modes`` tells how far a point is from each.
 """
 
-import numbers
-
 import numpy as np
-from scipy.special import i0e, ndtr
+from scipy.spatial.distance import cdist
+from scipy.special import i0e, ndtr, roots_legendre
+
+from egm_dde.checks import check_integer, check_interval, check_points
 
 GAUSSIAN_STD = 0.5 / np.sqrt(2)
 GAUSSIAN_CENTRES = (4 / np.sqrt(2)) * np.stack(
@@ -35,8 +37,11 @@ SQUARE_CORNERS = SQUARE_SIZE * np.array(
 RING_RADII = np.array([3.0, 2.25, 1.5, 0.75])
 RING_STD = 0.08
 
+# Standard deviation of the data around a mode: a centre, a square (filled evenly) or a circle.
+MODE_STDS = {"8gaussians": GAUSSIAN_STD, "checkerboard": 0.0, "rings": RING_STD}
+
 # Memory bound of the quadrature for 2spirals: this many (point, node) pairs at a time.
-_PAIRS_PER_CHUNK = 2**18
+_PAIRS_PER_CHUNK = 2**19
 
 
 def sample_2d_data(dataset, n_samples, rng=None):
@@ -55,13 +60,12 @@ def sample_2d_data(dataset, n_samples, rng=None):
             or an ``rng`` that is none of the above.
     """
     sample, _ = _look_up(dataset)
-    if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral) or n_samples < 1:
-        raise ValueError(f"n_samples must be an integer of at least 1, got {n_samples!r}")
+    n_samples = check_integer("n_samples", n_samples)
     try:
         rng = np.random.default_rng(rng)
     except (TypeError, ValueError):
         raise ValueError(f"rng must be a numpy.random.Generator, a seed of at least 0 or None, got {rng!r}") from None
-    return sample(int(n_samples), rng).astype(np.float32)
+    return sample(n_samples, rng).astype(np.float32)
 
 
 def noisy_density_2d(dataset, points, noise_std):
@@ -84,14 +88,37 @@ def noisy_density_2d(dataset, points, noise_std):
             that is negative or not finite.
     """
     _, density = _look_up(dataset)
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must have shape (n, 2), got {points.shape}")
-    if not np.isfinite(points).all():
-        raise ValueError("points must be finite, got NaN or infinity among them")
-    if isinstance(noise_std, bool) or not isinstance(noise_std, numbers.Real) or not 0 <= noise_std < np.inf:
-        raise ValueError(f"noise_std must be a finite number of at least 0, got {noise_std!r}")
-    return density(points, float(noise_std))
+    points = check_points("points", points, (2,), "float64")
+    return density(points, check_interval("noise_std", noise_std, 0))
+
+
+def distances_to_modes(dataset, points):
+    """Compute the distance of every point from every mode: a Gaussian's centre, a dark square or a ring's circle.
+
+    Points within a square are at the distance 0 from it. The modes have equal weight, and the clean data scatter around
+    each with the standard deviation ``MODE_STDS[dataset]``.
+
+    Args:
+        dataset: "8gaussians", "checkerboard" or "rings"; not "2spirals", whose arms are too close to tell apart.
+        points: array (n, 2) of finite coordinates, in data units.
+
+    Returns:
+        float64 array (n, number of modes), in data units; the columns are in the order of ``GAUSSIAN_CENTRES``,
+        ``SQUARE_CORNERS`` or ``RING_RADII``.
+
+    Raises:
+        ValueError: for a ``dataset`` without modes, or ``points`` of another shape or not finite.
+    """
+    if not isinstance(dataset, str) or dataset not in MODE_STDS:
+        raise ValueError(f"dataset must be one with modes: {', '.join(MODE_STDS)}; got {dataset!r}")
+    points = check_points("points", points, (2,), "float64")
+    if dataset == "8gaussians":
+        return cdist(points, GAUSSIAN_CENTRES)
+    if dataset == "rings":
+        return np.abs(np.linalg.norm(points, axis=1, keepdims=True) - RING_RADII)
+    half = SQUARE_SIZE / 2
+    beyond = (np.maximum(np.abs(points - (corner + half)) - half, 0) for corner in SQUARE_CORNERS)
+    return np.stack([np.hypot(*axes.T) for axes in beyond], axis=1)
 
 
 def _sample_gaussians(n_samples, rng):
@@ -123,7 +150,7 @@ def _spirals_density(points, noise_std):
     # The arm moves by at most pi per radian, so neighbouring nodes are at most about 0.6 std apart on it;
     # the integrand is smooth on the scale of std, so the quadrature is exact to rounding.
     num_nodes = int(np.ceil(45 / std)) + 64
-    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+    nodes, weights = roots_legendre(num_nodes)
     angles = SPIRAL_MAX_ANGLE * (nodes + 1) / 2
     angle_weights = weights * (SPIRAL_MAX_ANGLE / 2) * (2 * angles / SPIRAL_MAX_ANGLE**2)  # sums to 1
     corners = _spiral_corners(angles)
@@ -132,8 +159,11 @@ def _spirals_density(points, noise_std):
     arm = np.empty(len(both))
     rows = max(1, _PAIRS_PER_CHUNK // num_nodes)
     for start in range(0, len(both), rows):
-        chunk = both[start : start + rows, None]  # (rows, 1, 2)
-        arm[start : start + rows] = _box_density(chunk, corners, SPIRAL_SCALE * SPIRAL_JITTER, std) @ angle_weights
+        sides = []
+        for coordinate, corner in zip(both[start : start + rows].T, corners.T, strict=True):
+            values, index = np.unique(coordinate, return_inverse=True)  # those of a grid repeat
+            sides.append(_interval_density(values[:, None] - corner, SPIRAL_SCALE * SPIRAL_JITTER, std)[index])
+        arm[start : start + rows] = (sides[0] * sides[1]) @ angle_weights
     return arm.reshape(2, len(points)).mean(axis=0)
 
 
@@ -163,14 +193,17 @@ def _rings_density(points, noise_std):
 
 def _box_density(points, corners, size, std):
     """Density at ``points`` (..., 2) of the uniform distribution on the square at ``corners`` plus N(0, std^2 I)."""
-    centred = points - (corners + size / 2)
-    if std == 0:
-        # Half-open squares, so that shared edges count once.
-        return ((centred >= -size / 2) & (centred < size / 2)).all(axis=-1) / size**2
-    # On the negative side the difference of distribution functions keeps its relative precision.
-    centred = -np.abs(centred)
-    sides = (ndtr((centred + size / 2) / std) - ndtr((centred - size / 2) / std)) / size
+    sides = _interval_density(points - corners, size, std)
     return sides[..., 0] * sides[..., 1]
+
+
+def _interval_density(offsets, size, std):
+    """Density of the uniform distribution on [0, size] plus N(0, std^2)."""
+    if std == 0:
+        return ((offsets >= 0) & (offsets < size)) / size  # half-open, so that shared ends count once
+    # On the negative side the difference of distribution functions keeps its relative precision.
+    centred = -np.abs(offsets - size / 2)
+    return (ndtr((centred + size / 2) / std) - ndtr((centred - size / 2) / std)) / size
 
 
 _DISTRIBUTIONS = {

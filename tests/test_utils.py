@@ -9,7 +9,7 @@ from scipy import integrate, stats
 from scipy.spatial import cKDTree
 from scipy.special import erf
 
-from utils import DATASETS, noisy_density_2d, sample_2d_data
+from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
 # Written out again, so that a slip in the module's constants shows.
 BLUR = {"8gaussians": 0.5 / 2**0.5, "2spirals": 0.1, "checkerboard": 0.0, "rings": 0.08}
@@ -196,13 +196,13 @@ def test_clean_density_agrees_with_a_large_histogram(dataset):
     axis = np.ravel(edges[:-1, None] + 0.25 * (nodes + 1) / 2)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
     density = noisy_density_2d(dataset, points, 0).reshape(36, 3, 36, 3)
-    num_samples = 200_000
-    expected = num_samples * np.einsum("iajb,a,b->ij", density, weights / 8, weights / 8).ravel()
-    counts = np.histogram2d(*sample_2d_data(dataset, num_samples, rng=2).T, bins=edges)[0].ravel()
+    n_samples = 200_000
+    expected = n_samples * np.einsum("iajb,a,b->ij", density, weights / 8, weights / 8).ravel()
+    counts = np.histogram2d(*sample_2d_data(dataset, n_samples, rng=2).T, bins=edges)[0].ravel()
     # Pool the bins too rare for the chi-squared statistic, among them everything outside.
     common = expected > 20
-    counts = np.append(counts[common], num_samples - counts[common].sum())
-    expected = np.append(expected[common], num_samples - expected[common].sum())
+    counts = np.append(counts[common], n_samples - counts[common].sum())
+    expected = np.append(expected[common], n_samples - expected[common].sum())
     if expected[-1] < 1:
         assert counts[-1] < 10
         counts, expected = counts[:-1], expected[:-1]
@@ -278,6 +278,33 @@ def test_density_far_away_is_zero_and_without_warnings():
             np.testing.assert_array_equal(noisy_density_2d(dataset, points, noise_std), 0)
 
 
+# --- Modes ---
+
+
+def test_distances_to_modes():
+    corner = np.array(DARK_SQUARES, dtype=float)
+    inside, beside, off_the_corner = (corner + np.array(move) for move in ((0.1, 1.9), (2.5, 1.0), (-0.3, 2.4)))
+    for points, expected in ((inside, 0), (beside, 0.5), (off_the_corner, 0.5)):
+        np.testing.assert_allclose(np.diag(distances_to_modes("checkerboard", points)), expected, atol=1e-12)
+    assert distances_to_modes("checkerboard", inside).shape == (8, 8)
+
+    angle = 1.2
+    points = np.array([0.0, 0.75, 1.7, -4.0])[:, None] * [np.cos(angle), np.sin(angle)]
+    np.testing.assert_allclose(distances_to_modes("rings", points), np.abs([[0], [0.75], [1.7], [4]] - RADII))
+
+    centres = 4 / 2**0.5 * np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], axis=1)
+    points = centres + np.array([0.3, -0.4])
+    expected = np.linalg.norm(points[:, None] - centres, axis=2)
+    np.testing.assert_allclose(distances_to_modes("8gaussians", points), expected)
+
+
+@pytest.mark.parametrize("dataset", ["2spirals", "moons", None, ["rings"]])
+def test_distributions_without_modes_are_refused(dataset):
+    with pytest.raises(ValueError, match="8gaussians, checkerboard, rings; got") as error:
+        distances_to_modes(dataset, np.zeros((5, 2)))
+    assert repr(dataset) in str(error.value)
+
+
 # --- Input ---
 
 
@@ -310,9 +337,13 @@ def test_bad_noise_std_is_refused(dataset, noise_std):
 
 @pytest.mark.parametrize("shape", [(), (3,), (2,), (3, 3), (2, 3, 2)])
 def test_points_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"points must have shape \(n, 2\)") as error:
-        noisy_density_2d("rings", np.zeros(shape), 0.1)
-    assert str(shape) in str(error.value)
+    for call in (
+        lambda points: noisy_density_2d("rings", points, 0.1),
+        lambda points: distances_to_modes("rings", points),
+    ):
+        with pytest.raises(ValueError, match=r"points must have shape \(n, 2\)") as error:
+            call(np.zeros(shape))
+        assert str(shape) in str(error.value)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -322,5 +353,5 @@ def test_points_that_are_not_finite_are_refused(value):
 
 
 def test_imports_need_no_tensorflow():
-    code = "import sys, utils, evaluation; sys.exit(bool({'tensorflow', 'keras'} & set(sys.modules)))"
+    code = "import sys, utils, egm_dde.evaluation; sys.exit(bool({'tensorflow', 'keras'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
