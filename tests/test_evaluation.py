@@ -1,10 +1,14 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from egm_dde.evaluation import (
     density_metrics,
+    fisher_information,
     label_coverage,
+    minimum_denoising_loss,
     mode_coverage,
     mode_shares,
     outside_support,
@@ -17,14 +21,26 @@ from utils import (
     DATASETS,
     GAUSSIAN_CENTRES,
     GAUSSIAN_STD,
+    MODE_STDS,
     RING_RADII,
     RING_STD,
     SQUARE_CORNERS,
+    distances_to_modes,
     noisy_density_2d,
     sample_2d_data,
 )
 
-MODES = {"8gaussians": 8, "checkerboard": 8, "rings": 4}
+NUM_MODES = {"8gaussians": 8, "checkerboard": 8, "rings": 4}
+
+
+def exact(dataset, noise_std):
+    """The exact density of noisy data, as a callable."""
+    return partial(noisy_density_2d, dataset, noise_std=noise_std)
+
+
+def real(dataset):
+    """The sampler of clean data, as a callable."""
+    return partial(sample_2d_data, dataset)
 
 
 def exact_log_density(dataset, noise_std):
@@ -35,11 +51,11 @@ def exact_log_density(dataset, noise_std):
     return log_density
 
 
-def gaussians_with_shares(shares, num_samples, seed):
-    """Samples (num_samples, 2) of 8gaussians with other mode shares than 1/8."""
+def gaussians_with_shares(shares, n_samples, seed):
+    """Samples (n_samples, 2) of 8gaussians with other mode shares than 1/8."""
     rng = np.random.default_rng(seed)
-    modes = rng.choice(8, size=num_samples, p=np.asarray(shares) / np.sum(shares))
-    return GAUSSIAN_CENTRES[modes] + GAUSSIAN_STD * rng.standard_normal((num_samples, 2))
+    modes = rng.choice(8, size=n_samples, p=np.asarray(shares) / np.sum(shares))
+    return GAUSSIAN_CENTRES[modes] + GAUSSIAN_STD * rng.standard_normal((n_samples, 2))
 
 
 # --- Densities ---
@@ -47,8 +63,8 @@ def gaussians_with_shares(shares, num_samples, seed):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_exact_density_scores_zero_whatever_its_constant(dataset):
-    exact = exact_log_density(dataset, 0.1)
-    metrics = density_metrics(lambda points: exact(points)[:, None] + 123.0, dataset, 0.1)
+    log_density = exact_log_density(dataset, 0.1)
+    metrics = density_metrics(lambda points: log_density(points)[:, None] + 123.0, exact(dataset, 0.1))
     assert metrics.total_variation == pytest.approx(0, abs=1e-6)
     assert metrics.kl_divergence == pytest.approx(0, abs=1e-9)
 
@@ -62,24 +78,27 @@ def test_density_metrics_of_densities_on_the_checkerboard():
     def log_uniform(points):
         return np.where(np.abs(points).max(axis=1) < 4, 0.0, -np.inf)
 
+    def metrics(log_density):
+        return density_metrics(log_density, exact("checkerboard", 0))[:2]
+
     # The other direction of the divergence would be infinite.
-    assert density_metrics(log_uniform, "checkerboard", 0) == pytest.approx((1 / 2, np.log(2)))
+    assert metrics(log_uniform) == pytest.approx((1 / 2, np.log(2)))
 
     def log_leaking(points):  # a fifth of the mass in the white squares, which have the same area
         return np.where(dark(points), np.log(0.8), np.log(0.2)) + log_uniform(points)
 
-    assert density_metrics(log_leaking, "checkerboard", 0) == pytest.approx((0.2, -np.log(0.8)))
+    assert metrics(log_leaking) == pytest.approx((0.2, -np.log(0.8)))
 
     def log_lopsided(points):  # three times as much on the right as on the left
         return np.where(dark(points), np.where(points[:, 0] > 0, np.log(3), 0.0), -np.inf)
 
     expected = (1 / 4, -np.log(1 / 2) / 2 - np.log(3 / 2) / 2)
-    assert density_metrics(log_lopsided, "checkerboard", 0) == pytest.approx(expected)
+    assert metrics(log_lopsided) == pytest.approx(expected)
 
     def log_missing(points):
         return np.where(dark(points) & (points[:, 0] > -2), 0.0, -np.inf)
 
-    assert density_metrics(log_missing, "checkerboard", 0) == pytest.approx((1 / 4, np.inf))
+    assert metrics(log_missing) == pytest.approx((1 / 4, np.inf))
 
 
 @pytest.mark.parametrize("noise_std", [0.1, 0.5])
@@ -89,14 +108,16 @@ def test_divergence_of_a_tilted_density(noise_std):
     variance = GAUSSIAN_STD**2 + noise_std**2
     expected = np.log(np.mean(np.exp(GAUSSIAN_CENTRES @ tilt))) + tilt @ tilt * variance / 2
 
-    exact = exact_log_density("8gaussians", noise_std)
-    metrics = density_metrics(lambda points: exact(points) + points @ tilt, "8gaussians", noise_std, limit=7)
+    log_density = exact_log_density("8gaussians", noise_std)
+    metrics = density_metrics(
+        lambda points: log_density(points) + points @ tilt, exact("8gaussians", noise_std), limit=7
+    )
     assert metrics.kl_divergence == pytest.approx(expected, rel=1e-5)
 
 
 def test_density_metrics_see_noise_of_another_level():
-    def variation(model_noise, **options):
-        return density_metrics(exact_log_density("8gaussians", model_noise), "8gaussians", 0.1, **options)
+    def variation(model_noise):
+        return density_metrics(exact_log_density("8gaussians", model_noise), exact("8gaussians", 0.1))
 
     # Between N(0, a I) and N(0, b I): ratio - 1 - log(ratio) in nats with ratio = a / b, up to some overlap.
     ratio = (GAUSSIAN_STD**2 + 0.1**2) / (GAUSSIAN_STD**2 + 0.2**2)
@@ -111,15 +132,16 @@ def test_density_metrics_see_noise_of_another_level():
 @pytest.mark.parametrize("dataset", ["8gaussians", "checkerboard", "rings"])
 def test_quadrature_error_is_below_what_is_stated(dataset):
     coarse, fine = (
-        density_metrics(exact_log_density(dataset, 0.13), dataset, 0.1, cell_width=cell_width)
+        density_metrics(exact_log_density(dataset, 0.13), exact(dataset, 0.1), cell_width=cell_width)
         for cell_width in (0.1, 0.025)
     )
-    assert coarse == pytest.approx(fine, abs=1e-4)
+    assert coarse[:2] == pytest.approx(fine[:2], abs=1e-4)
+    assert (coarse.num_cells, fine.num_cells) == (90**2, 360**2)
     assert fine.total_variation > 0.01
 
 
 def test_divergence_survives_underflow():
-    metrics = density_metrics(lambda points: -1e4 * (points**2).sum(axis=1), "rings", 0.1)
+    metrics = density_metrics(lambda points: -1e4 * (points**2).sum(axis=1), exact("rings", 0.1))
     assert metrics.total_variation == pytest.approx(1, abs=0.01)
     assert 1e4 < metrics.kl_divergence < 1e5
 
@@ -131,7 +153,7 @@ def test_log_density_is_called_once_with_points_of_the_square():
         calls.append(points)
         return np.zeros(len(points), np.float32)
 
-    density_metrics(log_density, "rings", 0.1, limit=5, cell_width=0.25)
+    density_metrics(log_density, exact("rings", 0.1), limit=5, cell_width=0.25)
     (points,) = calls
     assert points.dtype == np.float32
     assert points.shape == (80 * 80, 2)
@@ -145,31 +167,37 @@ def test_log_densities_that_are_not_numbers_are_refused(value):
         return np.append(np.zeros(len(points) - 1), value)
 
     with pytest.raises(ValueError, match="finite numbers or minus infinity"):
-        density_metrics(log_density, "rings", 0.1)
+        density_metrics(log_density, exact("rings", 0.1))
 
 
 @pytest.mark.parametrize("shape", [(32400, 2), (32399,), (1, 32400), ()])
 def test_log_densities_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match="must return shape") as error:
-        density_metrics(lambda points: np.zeros(shape), "rings", 0.1)
+        density_metrics(lambda points: np.zeros(shape), exact("rings", 0.1))
     assert str(shape) in str(error.value)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda width, **options: density_metrics(lambda points: points[:, 0], cell_width=width, **options),
-        lambda width, **options: sample_metrics(np.zeros((5, 2)), bin_width=width, **options),
+        lambda width=0.1, **options: density_metrics(
+            lambda points: points[:, 0], **{"exact_density": exact("rings", 0.1), "cell_width": width, **options}
+        ),
+        lambda width=0.1, **options: fisher_information(
+            **{"exact_density": exact("rings", 0.1), "limit": 4.5, "cell_width": width, **options}
+        ),
+        lambda width=0.1, **options: sample_metrics(
+            np.zeros((5, 2)),
+            sample_real=real("rings"),
+            noise_std=0.1,
+            **{"exact_density": exact("rings", 0.1), "bin_width": width, **options},
+        ),
     ],
-    ids=["density", "samples"],
+    ids=["density", "fisher", "samples"],
 )
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "moons"}, "dataset must be one of .*'moons'"),
-        ({"noise_std": -0.1}, "noise_std must be .*-0.1"),
-        ({"noise_std": np.nan}, "noise_std must be .*nan"),
-        ({"noise_std": True}, "noise_std must be .*True"),
         ({"limit": 0}, "limit must be .*0"),
         ({"limit": np.nan}, "limit must be .*nan"),
         ({"limit": "4"}, "limit must be .*'4'"),
@@ -178,26 +206,99 @@ def test_log_densities_of_another_shape_are_refused(shape):
         ({"width": True}, "width must be .*True"),
         ({"width": 0.7}, "width must cut the side 9.0 into equal parts, got 0.7"),
         ({"width": 20.0}, "width must cut the side 9.0 into equal parts, got 20.0"),
+        ({"exact_density": lambda points: points}, r"exact_density must return shape \((32400|8100),\), got"),
+        (
+            {"exact_density": lambda points: -np.ones(len(points))},
+            "exact_density must return finite numbers of at least",
+        ),
+        (
+            {"exact_density": lambda points: points[:, 0] * np.nan},
+            "exact_density must return finite numbers of at least",
+        ),
     ],
 )
 def test_bad_settings_are_refused(call, changes, message):
     with pytest.raises(ValueError, match=message):
-        call(**{"dataset": "rings", "noise_std": 0.1, "limit": 4.5, "width": 0.1, **changes})
+        call(**changes)
 
 
 @pytest.mark.parametrize(("noise_std", "limit"), [(0.1, 2.0), (1.0, 4.5)])
 def test_squares_that_miss_the_mass_are_refused(noise_std, limit):
-    exact = exact_log_density("8gaussians", noise_std)
-    with pytest.raises(ValueError, match=f"limit={limit} and .*take a larger limit"):
-        density_metrics(exact, "8gaussians", noise_std, limit=limit)
-    assert density_metrics(exact, "8gaussians", noise_std, limit=8).total_variation < 1e-6
+    log_density, exact_density = exact_log_density("8gaussians", noise_std), exact("8gaussians", noise_std)
+    for call in (
+        lambda limit: density_metrics(log_density, exact_density, limit=limit).total_variation,
+        lambda limit: fisher_information(exact_density, limit),
+    ):
+        with pytest.raises(ValueError, match=f"limit={limit} and .*take a larger limit"):
+            call(limit)
+    assert density_metrics(log_density, exact_density, limit=8).total_variation < 1e-6
+
+
+def test_exact_density_is_evaluated_once_for_each_grid():
+    calls = []
+
+    def exact_density(points):
+        calls.append(len(points))
+        return noisy_density_2d("rings", points, 0.1)
+
+    for _ in range(2):
+        density_metrics(exact_log_density("rings", 0.1), exact_density)
+        sample_metrics(np.zeros((5, 2)), exact_density, real("rings"), 0.1)
+    assert calls == [32_400]
+    density_metrics(exact_log_density("rings", 0.1), exact_density, limit=4.0)
+    assert calls == [32_400, 25_600]
+
+
+# --- The least loss ---
+
+
+@pytest.mark.parametrize(("data_std", "noise_std"), [(0.5, 0.1), (0.1, 0.3), (0.0, 0.05)])
+def test_fisher_information_of_a_gaussian(data_std, noise_std):
+    variance = data_std**2 + noise_std**2
+
+    def density(points):  # off the centre of the grid, and of its cells
+        return np.exp(-((points - [0.31, -1.234]) ** 2).sum(axis=1) / (2 * variance)) / (2 * np.pi * variance)
+
+    assert fisher_information(density) == pytest.approx(2 / variance, rel=1e-5)
+    # The best estimator of the noise knows the share noise_std^2 / variance of its variance.
+    expected = data_std**2 / variance
+    assert minimum_denoising_loss(density, noise_std) == pytest.approx(expected, abs=1e-5)
+    if data_std:
+        assert minimum_denoising_loss(density, noise_std, cell_width=0.1) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("noise_std", [0.05, 0.1, 0.2])
+def test_least_loss_of_8_gaussians(noise_std):
+    rng = np.random.default_rng(1)
+    variance = GAUSSIAN_STD**2 + noise_std**2
+    points = sample_2d_data("8gaussians", 400_000, rng) + noise_std * rng.standard_normal((400_000, 2))
+    logits = (points @ GAUSSIAN_CENTRES.T) / variance  # the centres are equally far from the origin
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores = (weights @ GAUSSIAN_CENTRES / weights.sum(axis=1, keepdims=True) - points) / variance
+    squares = (scores**2).sum(axis=1)
+    information = fisher_information(exact("8gaussians", noise_std))
+    assert abs(squares.mean() - information) < 4 * squares.std() / np.sqrt(len(squares))
+
+    # Summed over coordinates and in data units; a little more than if the Gaussians did not overlap.
+    summed = minimum_denoising_loss(exact("8gaussians", noise_std), noise_std) * 2 / noise_std**2
+    apart = 2 / noise_std**2 - 2 / variance
+    assert apart == pytest.approx({0.05: 784.3, 0.1: 185.2, 0.2: 37.9}[noise_std], abs=0.05)
+    assert apart < summed < apart + 1.1
+
+
+@pytest.mark.parametrize("noise_std", [0, -0.1, np.nan, None])
+def test_bad_noise_of_the_least_loss_is_refused(noise_std):
+    with pytest.raises(ValueError, match="noise_std must be a positive finite number"):
+        minimum_denoising_loss(exact("rings", 0.1), noise_std)
 
 
 # --- Samples in bins ---
 
 
 def test_floor_of_two_million_samples():
-    metrics = sample_metrics(sample_2d_data("2spirals", 2_000_000, rng=1), "2spirals", 0.1, rng=2)
+    metrics = sample_metrics(
+        sample_2d_data("2spirals", 2_000_000, rng=1), exact("2spirals", 0.1), real("2spirals"), 0.1, rng=2
+    )
     assert metrics.total_variation.floor == pytest.approx(0.0135, abs=0.0005)
     assert metrics.total_variation.value == pytest.approx(metrics.total_variation.floor, rel=0.05)
     assert metrics.kl_divergence.value == pytest.approx(metrics.kl_divergence.floor, rel=0.1)
@@ -206,9 +307,11 @@ def test_floor_of_two_million_samples():
 @pytest.mark.parametrize("dataset", ["8gaussians", "checkerboard", "rings"])
 @pytest.mark.parametrize("noise_std", [0.1, 0.5])
 def test_real_samples_score_the_floor_and_it_is_the_expected_one(dataset, noise_std):
-    num_samples = 100_000
-    samples = sample_2d_data(dataset, num_samples, rng=1)
-    metrics = sample_metrics(samples, dataset, noise_std, rng=2, limit=5, bin_width=0.25)
+    n_samples = 100_000
+    samples = sample_2d_data(dataset, n_samples, rng=1)
+    metrics = sample_metrics(
+        samples, exact(dataset, noise_std), real(dataset), noise_std, rng=2, limit=5, bin_width=0.25
+    )
 
     # The mean absolute deviation of every bin's binomial count (de Moivre), from a finer grid.
     axis = np.arange(-5 + 1 / 64, 5, 1 / 32)
@@ -216,9 +319,9 @@ def test_real_samples_score_the_floor_and_it_is_the_expected_one(dataset, noise_
     cells = noisy_density_2d(dataset, points, noise_std).reshape(40, 8, 40, 8) / 32**2
     probabilities = cells.sum(axis=(1, 3)).ravel()
     probabilities = np.append(probabilities, max(0, 1 - probabilities.sum()))
-    next_count = np.floor(num_samples * probabilities) + 1
-    deviations = 2 * next_count * (1 - probabilities) * stats.binom.pmf(next_count, num_samples, probabilities)
-    expected = deviations.sum() / num_samples / 2
+    next_count = np.floor(n_samples * probabilities) + 1
+    deviations = 2 * next_count * (1 - probabilities) * stats.binom.pmf(next_count, n_samples, probabilities)
+    expected = deviations.sum() / n_samples / 2
 
     assert metrics.total_variation == pytest.approx((expected, expected), rel=0.12)
     assert 0 < metrics.kl_divergence.value < 0.01
@@ -227,7 +330,7 @@ def test_real_samples_score_the_floor_and_it_is_the_expected_one(dataset, noise_
 
 def test_a_dropped_mode_costs_its_mass():
     samples = gaussians_with_shares([0, 1, 1, 1, 1, 1, 1, 1], 200_000, seed=3)
-    metrics = sample_metrics(samples, "8gaussians", 0.1, rng=4, bin_width=0.5)
+    metrics = sample_metrics(samples, exact("8gaussians", 0.1), real("8gaussians"), 0.1, rng=4, bin_width=0.5)
     assert metrics.total_variation.value == pytest.approx(1 / 8, abs=0.005)
     assert metrics.total_variation.floor < 0.015
     # KL(q || p) = log(8 / 7); the other direction would be infinite.
@@ -239,13 +342,13 @@ def test_noise_is_added_to_the_samples():
     """A point mass becomes N(0, noise_std^2 I): its bins are known."""
     point = np.array([0.75, 2.25])
     samples = np.tile(point, (200_000, 1))
-    metrics = sample_metrics(samples, "checkerboard", 0.3, rng=5, bin_width=0.5)
+    metrics = sample_metrics(samples, exact("checkerboard", 0.3), real("checkerboard"), 0.3, rng=5, bin_width=0.5)
     edges = np.linspace(-4.5, 4.5, 19)
     across, along = (np.diff(stats.norm(centre, 0.3).cdf(edges)) for centre in point)
     axis = np.arange(-4.5 + 1 / 64, 4.5, 1 / 32)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
-    exact = noisy_density_2d("checkerboard", points, 0.3).reshape(18, 16, 18, 16).sum(axis=(1, 3)) / 32**2
-    expected = np.abs(np.outer(across, along) - exact).sum() / 2
+    cells = noisy_density_2d("checkerboard", points, 0.3).reshape(18, 16, 18, 16).sum(axis=(1, 3)) / 32**2
+    expected = np.abs(np.outer(across, along) - cells).sum() / 2
     assert metrics.total_variation.value == pytest.approx(expected, abs=0.003)
 
 
@@ -253,41 +356,63 @@ def test_mass_outside_the_square_counts():
     samples = sample_2d_data("rings", 50_000, rng=1)
     odd = np.arange(len(samples))[:, None] % 2 == 1
     for far in (5.0, -1e6):  # beyond either edge
-        metrics = sample_metrics(np.where(odd, samples, far), "rings", 0.1, rng=2, bin_width=0.5)
+        metrics = sample_metrics(
+            np.where(odd, samples, far), exact("rings", 0.1), real("rings"), 0.1, rng=2, bin_width=0.5
+        )
         assert metrics.total_variation.value == pytest.approx(1 / 2, abs=0.02)
         assert metrics.total_variation.floor < 0.025  # wide bins are no excuse for a coarse quadrature
-    metrics = sample_metrics(np.full((1000, 2), 100.0), "rings", 0.1, rng=2)
+    metrics = sample_metrics(np.full((1000, 2), 100.0), exact("rings", 0.1), real("rings"), 0.1, rng=2)
     assert metrics.total_variation.value == pytest.approx(1)
     assert 20 < metrics.kl_divergence.value < np.inf
 
 
 def test_sample_metrics_depend_on_rng_alone():
     samples = sample_2d_data("rings", 1000, rng=0)
-    metrics = sample_metrics(samples, "rings", 0.1, rng=1)
-    assert metrics == sample_metrics(samples.tolist(), "rings", 0.1, rng=np.random.default_rng(1))
-    assert metrics != sample_metrics(samples, "rings", 0.1, rng=2)
-    assert sample_metrics(samples, "rings", 0.1) != sample_metrics(samples, "rings", 0.1)
+
+    def measure(samples, rng=None):
+        return sample_metrics(samples, exact("rings", 0.1), real("rings"), 0.1, rng)
+
+    assert measure(samples, 1) == measure(samples.tolist(), np.random.default_rng(1))
+    assert measure(samples, 1) != measure(samples, 2)
+    assert measure(samples) != measure(samples)
+
+
+@pytest.mark.parametrize("noise_std", [-0.1, np.nan, True, None])
+def test_bad_noise_of_samples_is_refused(noise_std):
+    with pytest.raises(ValueError, match="noise_std must be a finite number of at least 0") as error:
+        sample_metrics(np.zeros((5, 2)), exact("rings", 0.1), real("rings"), noise_std)
+    assert repr(noise_std) in str(error.value)
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda samples: sample_metrics(samples, "rings", 0.1),
+        lambda samples: sample_metrics(samples, exact("rings", 0.1), real("rings"), 0.1),
+        lambda samples: sample_metrics(np.zeros((4, 2)), exact("rings", 0.1), lambda n, rng: samples, 0.1),
         lambda samples: sliced_wasserstein(samples, samples),
-        lambda samples: sliced_wasserstein_to_data(samples, "rings"),
-        lambda samples: mode_shares(samples, "rings"),
-        lambda samples: mode_coverage(samples, "rings"),
-        lambda samples: outside_support(samples, "rings"),
-        lambda samples: results_row(exact_log_density("rings", 0.1), lambda n: samples, "rings", 0.1),
+        lambda samples: sliced_wasserstein_to_data(samples, real("rings")),
+        lambda samples: sliced_wasserstein_to_data(np.zeros((40, 2)), lambda n, rng: samples),
+        lambda samples: row_of("rings", lambda n: samples),
     ],
 )
 def test_bad_samples_are_refused(call):
-    for shape in ((3,), (4, 3), (0, 2), (2, 2, 2)):
-        with pytest.raises(ValueError, match=r"samples must have shape \(n, 2\)") as error:
+    for shape in ((3,), (4, 3), (2, 2, 2)):
+        with pytest.raises(
+            ValueError, match=r"sampler?.* must have shape \(n, 2\)|sample_real must have shape"
+        ) as error:
             call(np.zeros(shape))
         assert str(shape) in str(error.value)
-    with pytest.raises(ValueError, match="samples must be finite, got NaN or infinity in 2 of 4 rows"):
+    with pytest.raises(ValueError, match="at least one point"):
+        call(np.zeros((0, 2)))
+    with pytest.raises(ValueError, match=r"must be finite, got NaN, infinity .* in 2 of 4 points"):
         call([[0, 0], [np.nan, 0], [1, np.inf], [0, 1]])
+
+
+@pytest.mark.parametrize("metric", [sample_metrics, sliced_wasserstein_to_data])
+def test_too_few_real_samples_are_refused(metric):
+    truth = {"exact_density": exact("rings", 0.1), "noise_std": 0.1} if metric is sample_metrics else {}
+    with pytest.raises(ValueError, match=r"sample_real must return (30|3) samples, got 2"):
+        metric(np.zeros((30, 2)), sample_real=lambda n, rng: np.zeros((2, 2)), **truth)
 
 
 # --- Sliced Wasserstein ---
@@ -323,7 +448,7 @@ def test_sliced_wasserstein_agrees_with_scipy():
     )
     assert sliced_wasserstein(one, other, num_projections=4) == pytest.approx(expected, rel=1e-5)
     assert sliced_wasserstein(other, one, num_projections=4) == pytest.approx(expected, rel=1e-5)
-    assert sliced_wasserstein(one, one[::-1]) == 0
+    assert sliced_wasserstein(one, one[::-1]) == pytest.approx(0, abs=1e-6)  # the rounding of float32
 
 
 def test_projections_are_enough():
@@ -351,29 +476,42 @@ def test_bad_sliced_wasserstein_settings_are_refused(options, message):
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_real_samples_are_at_the_sliced_wasserstein_floor(dataset):
     samples = sample_2d_data(dataset, 100_000, rng=1)
-    value, floor = sliced_wasserstein_to_data(samples, dataset, rng=2, num_projections=16, block_size=2000)
-    assert value == pytest.approx(floor, rel=0.2)
-    assert 0.03 < floor < 0.1
-    moved, same_floor = sliced_wasserstein_to_data(samples + 0.5, dataset, 2, num_projections=16, block_size=2000)
-    assert same_floor == floor  # it does not depend on the generated samples
-    assert moved == pytest.approx(2 / np.pi * np.hypot(0.5, 0.5), rel=0.05)
+    options = {"sample_real": real(dataset), "rng": 2, "num_projections": 16, "block_size": 2000}
+    distance = sliced_wasserstein_to_data(samples, **options)
+    assert distance.value == pytest.approx(distance.floor, rel=0.2)
+    assert 0.03 < distance.floor < 0.1
+    assert distance.ratio == distance.value / distance.floor
+    assert abs(distance.ratio - 1) < 4 * distance.ratio_std_error < 0.3
+    moved = sliced_wasserstein_to_data(samples + 0.5, **options)
+    assert moved.floor == distance.floor  # it does not depend on the generated samples
+    assert moved.value == pytest.approx(2 / np.pi * np.hypot(0.5, 0.5), rel=0.05)
+
+
+def test_sliced_wasserstein_standard_errors_are_the_scatter():
+    """Of independent estimates, each from ten pairs."""
+    results = []
+    for seed in range(40):
+        samples = sample_2d_data("rings", 2000, rng=1000 + seed)
+        results.append(sliced_wasserstein_to_data(samples, real("rings"), seed, num_projections=4, block_size=200))
+    scatter, mean = np.std(results, axis=0, ddof=1), np.mean(results, axis=0)
+    assert len(set(results)) == 40
+    # The scatter of 40 numbers is known to 11 %.
+    for number, error in ((0, 2), (1, 3), (4, 5)):
+        assert scatter[number] == pytest.approx(mean[error], rel=0.4)
+    # They share real samples: independent errors of value and floor would add up to a larger one.
+    assert mean[5] < 0.9 * np.hypot(mean[2], mean[3]) / mean[1]
 
 
 def test_sliced_wasserstein_floor_falls_with_the_block_size():
     samples = sample_2d_data("rings", 64_000, rng=1)
-    floors = [
-        sliced_wasserstein_to_data(samples, "rings", rng=2, num_projections=16, block_size=size).floor
-        for size in (1000, 4000)
-    ]
-    assert floors[0] / floors[1] == pytest.approx(2, rel=0.15)
-    few = samples[:300]
-    assert sliced_wasserstein_to_data(few, "rings", rng=3) == sliced_wasserstein_to_data(
-        few, "rings", rng=3, block_size=300
-    )
-    # A remainder is left out.
-    assert sliced_wasserstein_to_data(few, "rings", rng=3, block_size=200) == sliced_wasserstein_to_data(
-        few[:200], "rings", rng=3
-    )
+
+    def measure(samples, block_size=50_000, rng=2):
+        return sliced_wasserstein_to_data(samples, real("rings"), rng, num_projections=16, block_size=block_size)
+
+    assert measure(samples, 1000).floor / measure(samples, 4000).floor == pytest.approx(2, rel=0.15)
+    few = samples[:3009]
+    assert measure(few) == measure(few, 300)  # at least ten pairs
+    assert measure(few) == measure(few[:3000])  # a remainder is left out
 
 
 @pytest.mark.parametrize(
@@ -381,51 +519,51 @@ def test_sliced_wasserstein_floor_falls_with_the_block_size():
     [
         ({"block_size": 0}, "block_size must be .*0"),
         ({"num_projections": -1}, "num_projections must be .*-1"),
-        ({"dataset": "moons"}, "dataset must be .*'moons'"),
+        ({"samples": np.zeros((9, 2))}, "samples must be at least 10, got 9"),
     ],
 )
 def test_bad_sliced_wasserstein_to_data_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sliced_wasserstein_to_data(np.zeros((5, 2)), **{"dataset": "rings", **options})
+        sliced_wasserstein_to_data(**{"samples": np.zeros((20, 2)), "sample_real": real("rings"), **options})
 
 
 # --- Modes and support ---
 
 
-@pytest.mark.parametrize("dataset", MODES)
+def shares_of(dataset, samples):
+    return mode_shares(distances_to_modes(dataset, samples))
+
+
+@pytest.mark.parametrize("dataset", NUM_MODES)
 def test_real_samples_fill_all_modes_evenly(dataset):
     samples = sample_2d_data(dataset, 200_000, rng=1)
-    shares = mode_shares(samples, dataset)
-    assert shares.shape == (MODES[dataset],)
+    distances = distances_to_modes(dataset, samples)
+    shares = mode_shares(distances)
+    assert shares.shape == (NUM_MODES[dataset],)
     assert shares.sum() == pytest.approx(1)
     assert stats.chisquare(shares * len(samples)).pvalue > 1e-3
-    assert mode_coverage(samples, dataset) == 1
-    assert outside_support(samples, dataset) <= 2e-5
-    noisy = samples + np.random.default_rng(2).normal(0, 0.3, samples.shape)
-    assert outside_support(noisy, dataset, noise_std=0.3) <= 2e-5
+    assert mode_coverage(distances) == 1
+    assert outside_support(distances, MODE_STDS[dataset]) <= 2e-5
+    noisy = distances_to_modes(dataset, samples + np.random.default_rng(2).normal(0, 0.3, samples.shape))
+    assert outside_support(noisy, np.hypot(MODE_STDS[dataset], 0.3)) <= 2e-5
 
 
 def test_mode_shares_count_for_the_nearest_mode():
     counts = np.array([1, 2, 3, 4, 5, 6, 7, 0])
-    samples = np.repeat(GAUSSIAN_CENTRES, counts, axis=0) * 1.3
-    np.testing.assert_allclose(mode_shares(samples, "8gaussians"), counts / 28)
-    # Half of the true share is 1.75 of the 28.
-    assert mode_coverage(samples, "8gaussians") == 6 / 8
-
-    samples = np.repeat(SQUARE_CORNERS, counts, axis=0) + np.array([0.1, 1.9])
-    np.testing.assert_allclose(mode_shares(samples, "checkerboard"), counts / 28)
-
-    angles = np.arange(10)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    samples = np.repeat(RING_RADII, [1, 2, 3, 4])[:, None] * 1.05 * circle
-    np.testing.assert_allclose(mode_shares(samples, "rings"), [0.1, 0.2, 0.3, 0.4])
+    distances = np.repeat(1.3 - np.eye(8), counts, axis=0)
+    np.testing.assert_allclose(mode_shares(distances), counts / 28)
+    assert mode_coverage(distances) == 6 / 8  # half of the true share is 1.75 of the 28
+    np.testing.assert_allclose(shares_of("8gaussians", np.repeat(1.3 * GAUSSIAN_CENTRES, counts, axis=0)), counts / 28)
+    np.testing.assert_allclose(shares_of("checkerboard", np.repeat(SQUARE_CORNERS + 1, counts, axis=0)), counts / 28)
+    points = np.repeat(RING_RADII, [1, 2, 3, 4])[:, None] * [0.6, -0.8]
+    np.testing.assert_allclose(shares_of("rings", 1.05 * points), [0.1, 0.2, 0.3, 0.4])
 
 
 def test_unbalanced_modes_are_measured():
     wanted = np.array([1, 1, 1, 1, 1, 1, 1, 0.1])
-    samples = gaussians_with_shares(wanted, 100_000, seed=1)
-    np.testing.assert_allclose(mode_shares(samples, "8gaussians"), wanted / wanted.sum(), atol=0.005)
-    assert mode_coverage(samples, "8gaussians") == 7 / 8
+    distances = distances_to_modes("8gaussians", gaussians_with_shares(wanted, 100_000, seed=1))
+    np.testing.assert_allclose(mode_shares(distances), wanted / wanted.sum(), atol=0.005)
+    assert mode_coverage(distances) == 7 / 8
 
 
 def test_rings_keep_their_share_under_the_nearest_radius():
@@ -437,50 +575,50 @@ def test_rings_keep_their_share_under_the_nearest_radius():
 
 
 def test_points_outside_the_support_are_counted():
+    distances = np.array([[4.9, 9.0], [9.0, 4.9], [5.1, 9.0], [0.0, 0.0]])
+    assert outside_support(distances, 1.0) == 1 / 4
+    assert outside_support(distances, 0) == 3 / 4
     axis = np.arange(-4.5 + 1 / 32, 4.5, 1 / 16)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    assert outside_support(grid, "checkerboard") == pytest.approx(1 - 32 / 81)
-    assert outside_support(SQUARE_CORNERS, "checkerboard") == 0
-    # With noise the squares grow by five of its standard deviations.
-    assert outside_support([[4.4, 3.0], [4.6, 3.0], [4.4, 4.4]], "checkerboard", 0.1) == pytest.approx(2 / 3)
-
-    for noise_std in (0.0, 0.2):
-        reach = 5 * np.hypot(GAUSSIAN_STD, noise_std)
-        outwards = GAUSSIAN_CENTRES / np.linalg.norm(GAUSSIAN_CENTRES, axis=1, keepdims=True)
-        points = np.concatenate([GAUSSIAN_CENTRES + factor * reach * outwards for factor in (0.99, 1.01)])
-        assert outside_support(points, "8gaussians", noise_std) == pytest.approx(1 / 2)
-        reach = 5 * np.hypot(RING_STD, noise_std)
-        points = [[0, 3 + 0.99 * reach], [0, -3 - 1.01 * reach]]
-        assert outside_support(points, "rings", noise_std) == pytest.approx(1 / 2)
-    assert outside_support([[0, 0], [0.75, 0], [1.1, 0], [9, 9]], "rings") == pytest.approx(1 / 2)
+    assert outside_support(distances_to_modes("checkerboard", grid), 0) == pytest.approx(1 - 32 / 81)
+    points = [[0, 3 + 4.9 * RING_STD], [0, -3 - 5.1 * RING_STD], [0, 0], [0.75, 0]]
+    assert outside_support(distances_to_modes("rings", points), RING_STD) == 1 / 2
 
 
-@pytest.mark.parametrize("metric", [mode_shares, mode_coverage, outside_support])
-@pytest.mark.parametrize("dataset", ["2spirals", "moons", None, ["rings"]])
-def test_distributions_without_modes_are_refused(metric, dataset):
-    with pytest.raises(ValueError, match="8gaussians, checkerboard, rings; got") as error:
-        metric(np.zeros((5, 2)), dataset)
-    assert repr(dataset) in str(error.value)
+@pytest.mark.parametrize("metric", [mode_shares, mode_coverage, lambda distances: outside_support(distances, 0.1)])
+def test_bad_distances_are_refused(metric):
+    for distances, message in (
+        (np.zeros(3), "distances must have shape"),
+        (np.zeros((0, 3)), "at least one point"),
+        ([[0.0, np.nan]], "distances must be finite"),
+        ([[0.0, -1.0]], "distances must be at least 0, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metric(distances)
 
 
-@pytest.mark.parametrize("noise_std", [-0.1, np.nan, np.inf, "0", True])
-def test_bad_noise_of_the_support_is_refused(noise_std):
-    with pytest.raises(ValueError, match="noise_std must be a finite number of at least 0") as error:
-        outside_support(np.zeros((5, 2)), "rings", noise_std)
-    assert repr(noise_std) in str(error.value)
+@pytest.mark.parametrize("mode_std", [-0.1, np.nan, np.inf, "0", True])
+def test_bad_width_of_the_modes_is_refused(mode_std):
+    with pytest.raises(ValueError, match="mode_std must be a finite number of at least 0") as error:
+        outside_support(np.zeros((5, 2)), mode_std)
+    assert repr(mode_std) in str(error.value)
 
 
 # --- The row of a results table ---
 
 
-def row_of(dataset, sampler=None, model_noise=0.1):
+def row_of(dataset, sampler=None, model_noise=0.1, n_samples=100_000):
+    has_modes = dataset in NUM_MODES
     return results_row(
         exact_log_density(dataset, model_noise),
         sampler or (lambda n: sample_2d_data(dataset, n, rng=1)),
-        dataset,
+        exact(dataset, 0.1),
+        real(dataset),
         0.1,
+        distances_to_modes=partial(distances_to_modes, dataset) if has_modes else None,
+        mode_std=MODE_STDS.get(dataset, 0.0),
         rng=2,
-        num_samples=100_000,
+        n_samples=n_samples,
     )
 
 
@@ -491,12 +629,12 @@ def test_row_of_a_perfect_model(dataset):
     assert row["density_tv"] < 1e-6 and abs(row["density_kl"]) < 1e-9
     for name in ("generator_tv", "generator_kl"):
         assert row[name] == pytest.approx(row[f"{name}_floor"], rel=0.1)
-    assert row["sliced_wasserstein"] == pytest.approx(row["sliced_wasserstein_floor"], rel=0.7)
+    assert abs(row["sliced_wasserstein_ratio"] - 1) < 4 * row["sliced_wasserstein_ratio_std_error"] < 1
     modes = [row[name] for name in ("smallest_mode_share", "largest_mode_share", "mode_coverage", "outside_support")]
     if dataset == "2spirals":
         assert np.isnan(modes).all()
     else:
-        share = 1 / MODES[dataset]
+        share = 1 / NUM_MODES[dataset]
         assert modes == pytest.approx([share, share, 1, 0], abs=0.005)
         assert modes[0] < share < modes[1]
 
@@ -506,13 +644,17 @@ def test_row_of_a_bad_model():
     perfect = row_of("8gaussians")
     samples = gaussians_with_shares([1, 1, 0, 1, 1, 1, 1, 1], 100_000, seed=1)
     row = row_of("8gaussians", lambda n: samples[:n], model_noise=0.2)
-    binned = sample_metrics(samples, "8gaussians", 0.1, rng=2)
+    rng = np.random.default_rng(2)
+    binned = sample_metrics(samples, exact("8gaussians", 0.1), real("8gaussians"), 0.1, rng)
+    distance = sliced_wasserstein_to_data(samples, real("8gaussians"), rng)
     assert (row["generator_tv"], row["generator_tv_floor"]) == binned.total_variation
     assert (row["generator_kl"], row["generator_kl_floor"]) == binned.kl_divergence
+    suffixes = ("", "_floor", "_std_error", "_floor_std_error", "_ratio", "_ratio_std_error")
+    assert tuple(row[f"sliced_wasserstein{suffix}"] for suffix in suffixes) == distance
     assert row["density_tv"] > 0.04 and row["density_kl"] > 0.003
     assert row["generator_tv"] > 1.5 * perfect["generator_tv"]
     assert row["generator_kl"] > 0.1
-    assert row["sliced_wasserstein"] > 5 * row["sliced_wasserstein_floor"]
+    assert row["sliced_wasserstein_ratio"] > 2
     assert row["smallest_mode_share"] == pytest.approx(0, abs=0.002)
     assert row["largest_mode_share"] == pytest.approx(1 / 7, abs=0.005)
     assert row["mode_coverage"] == 7 / 8
@@ -521,8 +663,8 @@ def test_row_of_a_bad_model():
 def test_bad_samplers_are_refused():
     with pytest.raises(ValueError, match="sampler must return 100000 samples, got 7"):
         row_of("rings", lambda n: np.zeros((7, 2)))
-    with pytest.raises(ValueError, match=r"num_samples must be .*0"):
-        results_row(exact_log_density("rings", 0.1), lambda n: np.zeros((n, 2)), "rings", 0.1, num_samples=0)
+    with pytest.raises(ValueError, match=r"n_samples must be an integer of at least 10, got 9"):
+        row_of("rings", n_samples=9)
 
 
 # --- Labels ---
