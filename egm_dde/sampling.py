@@ -8,6 +8,7 @@
 All of them take a trained ``energy_models.DDE`` and leave it as it is; nothing is learned here.
 """
 
+import itertools
 import math
 import warnings
 import weakref
@@ -19,42 +20,28 @@ from scipy.linalg import solve_triangular
 from scipy.spatial.distance import cdist
 from scipy.special import gammaln, logsumexp
 
-from energy_models import (
-    _ACCEPTANCE,
-    _ANNEALED_LANGEVIN,
-    _LANGEVIN,
-    _NOISE,
-    _PARTITION,
-    DDE,
-    _check_seed,
-    _draw_normal,
-    _draw_uniform,
-    _is_finite_number,
-    _key,
-)
-from egm_dde.training import check_points, check_positive_integer
+from egm_dde import checks, draws
 
-# Bounds the memory, and keeps the hidden units in the cache: this many points at a time.
-_POINTS_PER_CHUNK = 2**14
+# The network sees this many points at a time: it bounds the memory, and keeps the hidden units in the cache.
+POINTS_PER_CHUNK = 2**14
 
 # The points of annealed_langevin start far from the noisy density of the highest level, those of a lower one do not.
-_STEPS_AT_THE_TOP = 10
+STEPS_AT_THE_TOP = 10
 
-# The proposal of importance sampling: data points that it is centred on, the weight of its broad part (Hesterberg
-# 1995), and what its degrees of freedom exceed the number of coordinates by: a t distribution is then close to a
-# Gaussian in any number of dimensions, and has heavier tails than every density that falls off like one.
-_NUM_CENTRES = 1024
-_BROAD_SHARE = 0.1
-_FREEDOM = 5
+# The proposal of importance sampling: data points that it is centred on, and the weight of its broad part (Hesterberg
+# 1995). Degrees of freedom are d + 5: near Gaussian, with heavier tails.
+NUM_CENTRES = 1024
+BROAD_SHARE = 0.1
+EXTRA_FREEDOM = 5
 
 # Annealed importance sampling: chains of the pilot run, and the share of accepted steps that it aims at, the best one
 # in many dimensions (Roberts and Rosenthal 1998).
-_NUM_PILOTS = 256
-_BEST_ACCEPTANCE = 0.574
+NUM_PILOTS = 256
+BEST_ACCEPTANCE = 0.574
 
 # Below these, as a number and as a share of all points, an effective sample size is no base for an estimate.
-_SMALLEST_SAMPLE_SIZE = 100
-_SMALLEST_SAMPLE_SHARE = 0.1
+SMALLEST_SAMPLE_SIZE = 100
+SMALLEST_SAMPLE_SHARE = 0.1
 
 
 class LogPartition(NamedTuple):
@@ -111,41 +98,43 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
         ValueError: for arguments that are not as above.
         FloatingPointError: if a point ends at infinity: the steps are too large.
     """
-    _check_dde(dde)
-    check_positive_integer("num_steps", num_steps)
-    level = _check_level(dde, noise_std, default=dde.noise_range[0])
-    step_size = 0.1 * level**2 if step_size is None else _check_positive("step_size", step_size)
-    if not isinstance(adjusted, bool):
-        raise ValueError(f"adjusted must be True or False, got {adjusted!r}")
-    seed = _check_seed(seed)
-    x = _check_points(dde, "x", x, level)
-    x = _compute(_walk, dde, x, level, step_size, int(num_steps), seed, adjusted=adjusted)
-    return _check_finite_points(x, f"step_size={step_size:g}")
+    check_dde(dde)
+    num_steps = checks.check_integer("num_steps", num_steps)
+    level = choose_level(dde, noise_std, default=dde.noise_range[0])
+    step_size = 0.1 * level**2 if step_size is None else checks.check_positive("step_size", step_size)
+    checks.check_bool("adjusted", adjusted)
+    seed = checks.check_seed(seed)
+    x = tf.constant(checks.check_points("x", x, dde.event_shape, dde.variable_dtype, level))
+    evaluate = compile_dde(dde, x, level)
+    state = x, *evaluate(x)
+    for step in range(num_steps):
+        state, _ = move(evaluate, state, step_size, draws.draw_key(seed, "langevin", step), adjusted)
+    return check_finite(state[0].numpy(), f"step_size={step_size:g}")
 
 
 def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_ratio=0.3, denoise=True, seed=None):
     """Draw points of the data by Langevin dynamics at ever lower noise levels (Song and Ermon 2019, arXiv:1907.05600).
 
     Where the noise is as wide as the data, no two modes are apart, and points from a broad Gaussian soon follow the
-    noisy density. From there, a geometric ladder of levels leads down. Each level s has ``steps_per_level`` steps of
-    ``langevin`` of size step_ratio * s^2, the first one ten times as many. From there to the next level, t, the points
-    follow the flow that takes one density to the other (Song et al. 2021, arXiv:2011.13456, Eq. 13), by
+    noisy density. From there, a geometric ladder of levels leads down. At each level s, the points take
 
-        x <- x + (s^2 - t^2) / 2 * score(x, s),
+    1. ``steps_per_level`` steps of ``langevin`` of size step_ratio * s^2, ten times as many at the highest level;
+    2. one step of the probability flow, which takes the density of this level to that of the next one, t (Song et al.
+       2021, arXiv:2011.13456, Eq. 13): x <- x + (s^2 - t^2) / 2 * score(x, s).
 
-    which saves half of the steps that Langevin dynamics alone would need, or more. With t = 0, the same takes the noise
-    of the lowest level off (half-denoising, arXiv:2410.05837). ``DDE.denoise`` goes twice as far, to the mean of the
-    points that x may have come from, which shrinks a distribution by about what the noise had widened it.
+    With one step of each a level, the network is evaluated 2 num_levels + 10 times; Langevin steps alone would take
+    twice as many evaluations for the same quality, or more. At the end, t = 0 takes the noise of the lowest level off
+    (half-denoising, arXiv:2410.05837). ``DDE.denoise`` goes twice as far, to the mean of the points that x may have
+    come from, which shrinks a distribution by about what the noise had widened it.
 
-    The network is evaluated 2 num_levels + 10 times with one step a level. More levels help more than more steps at
-    each: on the checkerboard, 15, 30 and 60 levels of one step come within 2.6, 1.9 and 1.4 times the sliced
-    Wasserstein distance between two real samples of 50,000 points.
+    More levels help more than more steps at each: on the checkerboard, 15, 30 and 60 levels of one step come within
+    2.6, 1.9 and 1.4 times the sliced Wasserstein distance between two real samples of 50,000 points.
 
     Args:
         dde: ``DDE`` of a range of levels, the highest one about as wide as the data or wider; data that are centred.
         n_samples: number of points, an integer of at least 1.
         num_levels: number of levels, an integer of at least 2.
-        steps_per_level: number of steps at each level, an integer of at least 1.
+        steps_per_level: number of Langevin steps at each level, an integer of at least 1.
         step_ratio: step size in units of the squared level, a positive number; 0.1 to 0.6 are good, 2 is unstable.
         denoise: whether the points come to the clean data, or follow the noisy density of the lowest level.
         seed: integer for repeatable points; None draws fresh ones.
@@ -157,91 +146,68 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
         ValueError: for arguments that are not as above, or a network that does not know the shape of its points yet.
         FloatingPointError: if a point ends at infinity: the steps are too large.
     """
-    _check_dde(dde)
-    if not dde.noise_conditional:
+    check_dde(dde)
+    low, high = dde.noise_range
+    if not low < high:
         raise ValueError(f"dde must have a range of levels, noise_std=(low, high); got noise_std={dde.noise_std!r}")
     if dde.event_shape is None or None in dde.event_shape:
         raise ValueError(f"the network of dde must know the shape of its points, got event_shape={dde.event_shape!r}")
-    for name, value in (("n_samples", n_samples), ("num_levels", num_levels), ("steps_per_level", steps_per_level)):
-        check_positive_integer(name, value)
-    if num_levels < 2:
-        raise ValueError(f"num_levels must be at least 2, got {num_levels!r}")
-    step_ratio = _check_positive("step_ratio", step_ratio)
-    if not isinstance(denoise, bool):
-        raise ValueError(f"denoise must be True or False, got {denoise!r}")
-    seed = _check_seed(seed)
-    low, high = dde.noise_range
-    levels = np.append(np.geomspace(high, low, num_levels), 0.0 if denoise else low)
+    n_samples = checks.check_integer("n_samples", n_samples)
+    num_levels = checks.check_integer("num_levels", num_levels, 2)
+    steps_per_level = checks.check_integer("steps_per_level", steps_per_level)
+    step_ratio = checks.check_positive("step_ratio", step_ratio)
+    last_level = 0.0 if checks.check_bool("denoise", denoise) else low
+    seed = checks.check_seed(seed)
+
+    keys = (draws.draw_key(seed, "annealed_langevin", step) for step in itertools.count())
     # As wide as the noisy density is where the data are as wide as the noise.
-    x = np.random.default_rng([seed, _ANNEALED_LANGEVIN]).normal(
-        0.0, math.sqrt(2) * high, (n_samples, *dde.event_shape)
-    )
-    x = _compute(_walk_down, dde, x.astype(dde.variable_dtype), levels, step_ratio, int(steps_per_level), seed)
-    return _check_finite_points(x, f"step_ratio={step_ratio:g}")
-
-
-def _walk(dde, x, level, step_size, num_steps, seed, first, adjusted):
-    """Take steps at one level; the numbers of streams of random numbers count from ``first``."""
-
-    def evaluate(x):
-        return dde(x, noise_std=level)
-
-    def move(step, *state):
-        return step + 1, *_move(evaluate, state, step_size, _key(seed, _LANGEVIN, first + step), adjusted)[0]
-
-    return _repeat(move, num_steps, x, *evaluate(x))[1]
-
-
-def _walk_down(dde, x, levels, step_ratio, steps_per_level, seed, first):
-    """Take steps at each of the levels (num_levels + 1,) but the last one, and go down to the next."""
-
-    def visit(index, count, x):
-        level, next_level = levels[index], levels[index + 1]
-
-        def evaluate(x):
-            return dde(x, noise_std=level)
-
-        def move(step, *state):
-            key = _key(seed, _ANNEALED_LANGEVIN, first + count + step)
-            return step + 1, *_move(evaluate, state, step_ratio * level**2, key)[0]
-
-        num_steps = tf.where(index == 0, _STEPS_AT_THE_TOP * steps_per_level, steps_per_level)
-        _, x, _, score = _repeat(move, num_steps, x, *evaluate(x))
+    x = math.sqrt(2) * high * draws.normal((n_samples, *dde.event_shape), next(keys), dde.variable_dtype)
+    levels = [*np.geomspace(high, low, num_levels).tolist(), last_level]
+    for level, next_level in itertools.pairwise(levels):
+        evaluate = compile_dde(dde, x, level)
+        state = x, *evaluate(x)
+        for _ in range(steps_per_level * (STEPS_AT_THE_TOP if level == levels[0] else 1)):
+            state, _ = move(evaluate, state, step_ratio * level**2, next(keys))
+        x, _, score = state
         x += (level**2 - next_level**2) / 2 * score
-        return index + 1, count + num_steps, x
-
-    return _repeat(visit, tf.size(levels, tf.int64) - 1, _number(0), x)[2]
+    return check_finite(x.numpy(), f"step_ratio={step_ratio:g}")
 
 
-def _move(evaluate, state, step_size, key, adjusted=False):
-    """Take one Langevin step.
+def move(evaluate, state, step_size, key, adjusted=False, power=1.0):
+    """Take one Langevin step in the density N(0, I)^(1 - power) * exp(log density)^power.
 
     Args:
-        evaluate: function of points (n, *event) to their log density (n, 1), score (n, *event) and whatever else
-            belongs to them, (n, ...).
+        evaluate: function of points (n, *event) to their log density (n, 1) and score (n, *event).
         state: points, and what ``evaluate`` returns for them.
-        step_size: scalar tensor.
-        key: uint64 tensor (2,), the seed and the stream of the draws.
-        adjusted: whether the step may be rejected.
+        step_size: a positive number.
+        key: key of the draws.
+        adjusted: whether the step may be rejected, by the rule of Metropolis and Hastings.
+        power: the share of the log density, in (0, 1].
 
     Returns:
         The state after the step, and the share of the points that took it.
     """
-    x, log_density, score, *_ = state
-    noise = _draw_normal(tf.shape(x), key, _NOISE, x.dtype)
-    new_x = x + step_size * score + tf.sqrt(2.0 * step_size) * noise
-    new_state = (new_x, *evaluate(new_x))
+
+    def temper(x, log_density, score):
+        return power * log_density - (1 - power) * squared_norm(x) / 2, power * score - (1 - power) * x
+
+    noise_key, acceptance_key = draws.split(key)
+    x = state[0]
+    log_density, score = temper(*state)
+    noise = draws.normal(tf.shape(x), noise_key, x.dtype)
+    new_x = x + step_size * score + math.sqrt(2 * step_size) * noise
+    new_state = new_x, *evaluate(new_x)
     if not adjusted:
         return new_state, 1.0
-    _, new_log_density, new_score, *_ = new_state
-    noise_back = (x - new_x - step_size * new_score) / tf.sqrt(2.0 * step_size)  # of the step from new_x to x
-    log_ratio = new_log_density - log_density + (_squared_norm(noise) - _squared_norm(noise_back)) / 2  # (n, 1)
-    is_accepted = tf.math.log(_draw_uniform(tf.shape(log_ratio), key, _ACCEPTANCE, x.dtype)) < log_ratio  # not for NaN
+    new_log_density, new_score = temper(*new_state)
+    noise_back = (x - new_x - step_size * new_score) / math.sqrt(2 * step_size)  # of the step from new_x to x
+    log_ratio = new_log_density - log_density + (squared_norm(noise) - squared_norm(noise_back)) / 2  # (n, 1)
+    is_accepted = tf.math.log(draws.uniform(tf.shape(log_ratio), acceptance_key, x.dtype)) < log_ratio  # not for NaN
     state = tuple(
         tf.where(tf.reshape(is_accepted, (-1,) + (1,) * (old.shape.rank - 1)), new, old)
         for new, old in zip(new_state, state, strict=True)
     )
-    return state, tf.reduce_mean(tf.cast(is_accepted, x.dtype))
+    return state, float(tf.reduce_mean(tf.cast(is_accepted, x.dtype)))
 
 
 # ---------------------------------------------------------------------------------------------- the constant
@@ -296,23 +262,23 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
         UserWarning: if the effective sample size is below 100 or 10 % of ``n_samples``: the value is most likely too
             low, and the standard error as well.
     """
-    _check_dde(dde)
+    check_dde(dde)
     if method not in ("importance", "annealed"):
         raise ValueError(f'method must be "importance" or "annealed", got {method!r}')
-    check_positive_integer("n_samples", n_samples)
-    check_positive_integer("num_steps", num_steps)
-    level = _check_level(dde, noise_std, default=dde.noise_range[1])
-    seed = _check_seed(seed)
-    data = _check_points(dde, "data", data, level)
+    n_samples = checks.check_integer("n_samples", n_samples)
+    num_steps = checks.check_integer("num_steps", num_steps)
+    level = choose_level(dde, noise_std, default=dde.noise_range[1])
+    seed = checks.check_seed(seed)
+    data = checks.check_points("data", data, dde.event_shape, dde.variable_dtype, level)
     if method == "importance":
-        log_weights = _weigh(dde, data, level, int(n_samples), seed)
+        log_weights = weigh(dde, data, level, n_samples, seed)
     else:
-        log_weights = _weigh_annealed(dde, data, level, int(n_samples), int(num_steps), seed)
+        log_weights = weigh_annealed(dde, data, level, n_samples, num_steps, seed)
     log_sum = logsumexp(log_weights)
     if not math.isfinite(log_sum):
         raise FloatingPointError(f"the log density of dde must be finite, got {log_sum} as the logarithm of its sum")
     sample_size = math.exp(2 * log_sum - logsumexp(2 * log_weights))
-    is_reliable = sample_size >= max(_SMALLEST_SAMPLE_SIZE, _SMALLEST_SAMPLE_SHARE * n_samples)
+    is_reliable = sample_size >= max(SMALLEST_SAMPLE_SIZE, SMALLEST_SAMPLE_SHARE * n_samples)
     if not is_reliable:
         warnings.warn(
             f"{n_samples} points have an effective sample size of {sample_size:.1f}, so log Z is most likely too low: "
@@ -323,42 +289,43 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
         value=float(log_sum - math.log(n_samples)),
         standard_error=math.sqrt(max(1 / sample_size - 1 / n_samples, 0.0)),
         effective_sample_size=sample_size,
-        n_samples=int(n_samples),
+        n_samples=n_samples,
         is_reliable=bool(is_reliable),
     )
 
 
-def _weigh(dde, data, level, n_samples, seed):
+def weigh(dde, data, level, n_samples, seed):
     """Logarithms (n_samples,) of the weights of importance sampling."""
-    rng = np.random.default_rng([seed, _PARTITION])
-    data, shape = _flatten(data), (-1, *data.shape[1:])
-    mean, covariance = _moments(data)
+    rng = np.random.default_rng(seed)
+    points, mean, covariance = fit_gaussian(data)
     dim = len(mean)
     noise = level**2 * np.eye(dim)
-    centres = data[rng.permutation(len(data))[:_NUM_CENTRES]]
+    centres = points[rng.permutation(len(points))[:NUM_CENTRES]]
     # Silverman's rule, and centres moved inwards, so that mean and covariance of the mixture are those of the data.
     width = min(1.0, (4 / (len(centres) * (dim + 2))) ** (1 / (dim + 4)))
     centres = mean + math.sqrt(1 - width**2) * (centres - mean)
-    fine = _StudentMixture(centres, width**2 * covariance + noise, dim + _FREEDOM)
-    broad = _StudentMixture(mean[None], covariance + noise, dim + _FREEDOM)
+    fine = StudentMixture(centres, width**2 * covariance + noise)
+    broad = StudentMixture(mean[None], covariance + noise)
 
-    is_broad = rng.random(n_samples) < _BROAD_SHARE
-    x = np.where(is_broad[:, None], broad.draw(n_samples, rng), fine.draw(n_samples, rng)).astype(dde.variable_dtype)
-    log_density = _compute(_evaluate, dde, x.reshape(shape), level)[:, 0].astype(np.float64)
-    x = x.astype(np.float64)
+    is_broad = rng.random((n_samples, 1)) < BROAD_SHARE
+    x = np.where(is_broad, broad.draw(n_samples, rng), fine.draw(n_samples, rng)).astype(data.dtype)
     log_proposal = np.logaddexp(
-        math.log(1 - _BROAD_SHARE) + fine.log_density(x), math.log(_BROAD_SHARE) + broad.log_density(x)
+        math.log(1 - BROAD_SHARE) + fine.log_density(x.astype(np.float64)),
+        math.log(BROAD_SHARE) + broad.log_density(x.astype(np.float64)),
     )
-    return log_density - log_proposal
+    x = x.reshape(-1, *data.shape[1:])
+    chunks = np.split(x, range(POINTS_PER_CHUNK, n_samples, POINTS_PER_CHUNK))
+    log_density = np.concatenate([dde.log_density(chunk, noise_std=level)[:, 0] for chunk in chunks])
+    return log_density.astype(np.float64) - log_proposal
 
 
-class _StudentMixture:
+class StudentMixture:
     """Multivariate t distributions of equal weight and scale around centres (m, d)."""
 
-    def __init__(self, centres, scale, freedom):
+    def __init__(self, centres, scale):
         self.centres = centres
         self.factor = np.linalg.cholesky(scale)
-        self.freedom = freedom
+        self.freedom = centres.shape[1] + EXTRA_FREEDOM
 
     def draw(self, n_samples, rng):
         """Draw points (n_samples, d)."""
@@ -379,171 +346,97 @@ class _StudentMixture:
         return np.concatenate(log_sums) - log_normalizer
 
 
-def _weigh_annealed(dde, data, level, n_samples, num_steps, seed):
+def weigh_annealed(dde, data, level, n_samples, num_steps, seed):
     """Logarithms (n_samples,) of the weights of annealed importance sampling."""
-    mean, covariance = _moments(_flatten(data))
+    _, mean, covariance = fit_gaussian(data)
     dim = len(mean)
     factor = np.linalg.cholesky(covariance + level**2 * np.eye(dim))
-    rng = np.random.default_rng([seed, _PARTITION])
-
-    def anneal(n_chains, step_sizes, adapts):
-        z = rng.standard_normal((n_chains, dim)).astype(dde.variable_dtype)
-        # A pilot run has streams of its own.
-        arguments = mean, factor, level, step_sizes, seed + 2**31 * adapts
-        return _compute(_anneal, dde, z, *arguments, event_shape=data.shape[1:], adapts=adapts)
-
-    # Steps whose sizes come from other chains leave the mean of the weights exact. The pilot's start from the best size
-    # for the standard normal density.
-    step_sizes = np.full(num_steps, 1.65**2 / 2 * dim ** (-1 / 3))
-    step_sizes = anneal(_NUM_PILOTS, step_sizes, adapts=True)
     log_normalizer = dim / 2 * math.log(2 * math.pi) + np.log(np.diag(factor)).sum()  # of the start
-    return anneal(n_samples, step_sizes, adapts=False) + log_normalizer
+    matrix, centre = tf.constant(factor, data.dtype), tf.constant(mean, data.dtype)
+    evaluate_dde = compile_dde(dde, data, level)
 
+    def evaluate(z):  # the points of the DDE are mean + factor z
+        x = centre + tf.matmul(z, matrix, transpose_b=True)
+        log_density, score = evaluate_dde(tf.reshape(x, (-1, *data.shape[1:])))
+        return log_density, tf.matmul(tf.reshape(score, tf.shape(z)), matrix)
 
-def _anneal(dde, z, mean, factor, level, step_sizes, seed, first, event_shape, adapts):
-    """Take chains from N(0, I) to the density of the DDE.
+    def anneal(n_chains, step_sizes, keys, adapts):
+        """Take chains from N(0, I) to the density of the DDE; return the log weights, and the sizes of the steps."""
+        z = draws.normal((n_chains, dim), next(keys), data.dtype)
+        state = z, *evaluate(z)
+        log_weights, scale, sizes = np.zeros(n_chains), 1.0, []
+        for step, size in enumerate(step_sizes):
+            z, log_density, _ = state
+            log_weights += (log_density + squared_norm(z) / 2).numpy()[:, 0].astype(np.float64) / num_steps
+            sizes.append(scale * size)
+            power = (step + 1) / num_steps
+            state, acceptance = move(evaluate, state, sizes[-1], next(keys), adjusted=True, power=power)
+            if adapts:
+                scale *= math.exp(0.5 * (acceptance - BEST_ACCEPTANCE))
+        return log_weights, sizes
 
-    Args:
-        dde: ``DDE``.
-        z: start points (n, d) of N(0, I); the points of the DDE are mean + factor z.
-        mean: (d,).
-        factor: (d, d), lower triangular.
-        level: the noise level.
-        step_sizes: (num_steps,), those of the Langevin steps.
-        seed: seed of the draws.
-        first: number of the first stream of random numbers.
-        event_shape: shape of a point of the DDE.
-        adapts: whether the step sizes follow the share of accepted steps instead.
-
-    Returns:
-        Logarithms (n,) of the weights, float64; or, if it adapts, the sizes (num_steps,) that the steps had.
-    """
-    num_steps = tf.size(step_sizes, tf.int64)
-
-    def measure(z):
-        x = mean + tf.matmul(z, factor, transpose_b=True)
-        log_density, score = dde(tf.reshape(x, (-1, *event_shape)), noise_std=level)
-        return log_density, tf.matmul(tf.reshape(score, tf.shape(z)), factor)
-
-    def temper(power, z, log_density, score):
-        return power * log_density - (1 - power) * _squared_norm(z) / 2, power * score - (1 - power) * z
-
-    def move(step, log_weights, log_scale, sizes, z, log_density, score):
-        log_ratio = tf.cast(log_density + _squared_norm(z) / 2, tf.float64)[:, 0]
-        log_weights += log_ratio / tf.cast(num_steps, tf.float64)
-        power = tf.cast((step + 1) / num_steps, z.dtype)
-
-        def evaluate(z):
-            measured = measure(z)
-            return *temper(power, z, *measured), *measured
-
-        size = step_sizes[step] * tf.exp(log_scale)
-        state = z, *temper(power, z, log_density, score), log_density, score
-        state, acceptance = _move(evaluate, state, size, _key(seed, _PARTITION, first + step), adjusted=True)
-        if adapts:
-            log_scale += 0.5 * (acceptance - _BEST_ACCEPTANCE)
-        z, _, _, log_density, score = state
-        return step + 1, log_weights, log_scale, sizes.write(tf.cast(step, tf.int32), size), z, log_density, score
-
-    log_weights = tf.zeros([tf.shape(z)[0]], tf.float64)
-    sizes = tf.TensorArray(z.dtype, tf.size(step_sizes))
-    _, log_weights, _, sizes, *_ = _repeat(move, num_steps, log_weights, tf.zeros([], z.dtype), sizes, z, *measure(z))
-    return sizes.stack() if adapts else log_weights
-
-
-def _evaluate(dde, x, level, first):
-    return dde.log_density(x, noise_std=level)
+    keys = (draws.draw_key(seed, "partition", step) for step in itertools.count())
+    # Step sizes that come from other chains leave the mean of the weights exact. The pilot run starts from the size
+    # that is best for the standard normal density.
+    step_sizes = [1.65**2 / 2 * dim ** (-1 / 3)] * num_steps
+    _, step_sizes = anneal(NUM_PILOTS, step_sizes, keys, adapts=True)
+    log_weights, _ = anneal(n_samples, step_sizes, keys, adapts=False)
+    return log_weights + log_normalizer
 
 
 # ---------------------------------------------------------------------------------------------- helpers
 
-# The graphs of each DDE. They hold its weights, but not the DDE, and go when it goes.
-_graphs = weakref.WeakKeyDictionary()
+# The graph of each DDE. It holds the weights, but not the DDE, and goes when that goes.
+graphs = weakref.WeakKeyDictionary()
 
 
-def _compute(function, dde, points, *arguments, **options):
-    """Compute ``function(dde, points, *arguments, first, **options)`` as a graph, a chunk of points at a time.
+def compile_dde(dde, x, level):
+    """Return a function of points (n, *event) to log density (n, 1) and score (n, *event) at a level, run as a graph.
 
-    Args:
-        function: what to compute; it is traced anew for other shapes (but any number of points) and options alone.
-        dde: ``DDE``.
-        points: NumPy array (n, ...).
-        *arguments: numbers and arrays of them.
-        **options: what is no tensor.
-
-    Returns:
-        NumPy array of the results of all chunks. ``first``, the number of a chunk's first stream of random numbers,
-        makes them independent.
+    The points ``x`` are such points: one of them builds a network that has no Input.
     """
-    arguments = [_number(value) if isinstance(value, int) else tf.constant(value, points.dtype) for value in arguments]
-    specs = [tf.TensorSpec((None, *points.shape[1:]), points.dtype)]
-    specs += [tf.TensorSpec(value.shape, value.dtype) for value in (*arguments, _number(0))]
-    graphs = _graphs.setdefault(dde, {})
-    signature = function, *specs, *options.items()
-    if signature not in graphs:
+    if dde not in graphs:
+        dde(x[:1], noise_std=level)
         reference = weakref.ref(dde)
+        specs = [tf.TensorSpec((None, *dde.event_shape), dde.variable_dtype), tf.TensorSpec((), dde.variable_dtype)]
+        graphs[dde] = tf.function(lambda x, level: reference()(x, noise_std=level), specs, autograph=False)
+    graph, level = graphs[dde], tf.constant(level, dde.variable_dtype)
 
-        def compute(*inputs):
-            return function(reference(), *inputs, **options)
+    def evaluate(x):
+        starts = range(0, len(x), POINTS_PER_CHUNK)
+        log_density, score = zip(*(graph(x[start : start + POINTS_PER_CHUNK], level) for start in starts), strict=True)
+        return tf.concat(log_density, axis=0), tf.concat(score, axis=0)
 
-        graphs[signature] = tf.function(compute, autograph=False).get_concrete_function(*specs)
-    results = []
-    for chunk, start in enumerate(range(0, len(points), _POINTS_PER_CHUNK)):
-        part = tf.constant(points[start : start + _POINTS_PER_CHUNK])
-        results.append(graphs[signature](part, *arguments, _number(chunk << 40)).numpy())
-    return np.concatenate(results)
-
-
-def _repeat(body, num_steps, *state):
-    """Run ``body(step, *state)`` for steps 0, 1, ...; it returns the next step and the state after it."""
-    return tf.while_loop(lambda step, *_: step < num_steps, body, (_number(0), *state), parallel_iterations=1)
+    return evaluate
 
 
-def _number(value):
-    return tf.constant(value, tf.int64)
-
-
-def _squared_norm(x):
+def squared_norm(x):
     """Sum (n, 1) of the squares of each point (n, *event)."""
     return tf.reduce_sum(tf.square(x), axis=range(1, x.shape.rank))[:, None]
 
 
-def _flatten(points):
-    return points.reshape(len(points), -1).astype(np.float64)
-
-
-def _moments(points):
-    """Mean (d,) and covariance (d, d) of points (n, d)."""
+def fit_gaussian(data):
+    """Points (n, d), float64, and their mean (d,) and covariance (d, d)."""
+    points = data.reshape(len(data), -1).astype(np.float64)
     mean = points.mean(axis=0)
-    return mean, (points - mean).T @ (points - mean) / len(points)
+    return points, mean, (points - mean).T @ (points - mean) / len(points)
 
 
-def _check_dde(dde):
-    if not isinstance(dde, DDE):
-        raise ValueError(f"dde must be a DDE, got {dde!r}")
+def check_dde(dde):
+    """Raise ValueError for what has no log density at noise levels."""
+    if not callable(getattr(dde, "log_density", None)) or not hasattr(dde, "noise_range"):
+        raise ValueError(f"dde must be a DDE, with log_density and noise_range; got {dde!r}")
 
 
-def _check_positive(name, value):
-    if not _is_finite_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return float(value)
+def choose_level(dde, noise_std, default):
+    """Return one noise level, within the range of a DDE, as a float; None is the default."""
+    level = checks.check_positive("noise_std", default if noise_std is None else noise_std)
+    checks.check_levels(level, dde.noise_range, num_points=1)
+    return level
 
 
-def _check_level(dde, noise_std, default):
-    low, high = dde.noise_range
-    level = default if noise_std is None else noise_std
-    if not _is_finite_number(level) or not low * (1 - 1e-6) <= level <= high * (1 + 1e-6):
-        raise ValueError(f"noise_std must be None or a number within [{low}, {high}], got {noise_std!r}")
-    return float(level)
-
-
-def _check_points(dde, name, x, level):
-    x = check_points(name, x, dde.event_shape, dde.variable_dtype, level)
-    dde(x[:1], noise_std=level)  # builds a network without an Input, which a graph cannot
-    return x
-
-
-def _check_finite_points(x, step):
+def check_finite(x, step):
+    """Return points (n, *event), or raise FloatingPointError if some are not finite."""
     is_finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
     if not is_finite.all():
         raise FloatingPointError(
