@@ -2,10 +2,13 @@
 
 import os
 
-import hypothesis
-import matplotlib
+from egm_dde.runtime import prepare_process
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+prepare_process()
+
+import hypothesis
+import matplotlib
 
 # Not through MPLBACKEND: the kernels that tests start would inherit it and draw no inline figures.
 matplotlib.use("agg")

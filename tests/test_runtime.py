@@ -1,0 +1,58 @@
+"""What is set before TensorFlow starts."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from egm_dde import runtime
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("TF_CPP_MIN_LOG_LEVEL", "TF_NUM_INTRAOP_THREADS")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_settings_of_the_environment_win(monkeypatch, given):
+    for name in NAMES:
+        monkeypatch.setenv(name, given or "")
+        if given is None:
+            monkeypatch.delenv(name)
+    runtime.prepare_process()
+    assert [os.environ[name] for name in NAMES] == ([given, given] if given else ["2", "1"])
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_other_c_libraries_are_left_alone(monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    runtime.prepare_process()
+
+
+CODE = """
+from egm_dde.runtime import prepare_process
+prepare_process()
+import resource
+import tensorflow as tf
+
+def num_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        tf.zeros([1 << 20])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+num_faults()
+print(num_faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of glibc")
+def test_the_allocator_keeps_what_it_frees():
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    process = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 1000  # 50 times 1024 pages of 4 KiB, where it does not
