@@ -7,7 +7,6 @@ a plot during training, ``ProgressBar`` shows the state of a long ``fit`` in a n
 
 import html
 import math
-import numbers
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from egm_dde.checks import check_integer, check_interval, check_points, check_positive, format_duration
 from egm_dde.files import replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
@@ -72,7 +72,7 @@ def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
         ValueError: as ``grid_density``, and for a ``max_density`` that is not positive and finite.
     """
     if max_density is not None:
-        _check_positive("max_density", max_density)
+        check_positive("max_density", max_density)
     density = grid_density(log_density, limit, resolution)
     image = ax.imshow(
         density,
@@ -102,10 +102,10 @@ def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
     Raises:
         ValueError: for points of another shape or not finite, or a ``limit`` that is not positive and finite.
     """
-    _check_positive("limit", limit)
-    real_samples = _check_points("real_samples", real_samples)
+    check_positive("limit", limit)
+    real_samples = _check_plane_points("real_samples", real_samples)
     if generated_samples is not None:
-        generated_samples = _check_points("generated_samples", generated_samples)
+        generated_samples = _check_plane_points("generated_samples", generated_samples)
     artists = _plot_points(ax, real_samples, BLUE, "real")
     if generated_samples is not None:
         artists += _plot_points(ax, generated_samples, VERMILION, "generated")
@@ -131,7 +131,7 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
         ValueError: for scores of another shape or not finite, and as ``grid_density``.
     """
     points = _grid_points(limit, resolution)
-    gradients = _check_points("the values of score", score(points))
+    gradients = _check_plane_points("the values of score", score(points))
     if len(gradients) != len(points):
         raise ValueError(f"score must return shape {points.shape} for such points, got {gradients.shape}")
     if log_density is not None:
@@ -143,6 +143,38 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
     )
     _frame_square(ax, limit)
     return streamlines
+
+
+def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
+    """Draw an arrow at each point, such as the way the generator's loss moves it: grad f_real - grad f_fake.
+
+    Args:
+        ax: the Matplotlib ``Axes`` to draw on.
+        points: finite array (n, 2), where the arrows start, in data units.
+        vectors: finite array (n, 2); row i is the arrow at row i of ``points``.
+        color: Matplotlib colour of the arrows.
+        limit: half the side of the square shown, in data units.
+        length: how long a vector of length 1 is drawn, in data units; None makes the 95th percentile of the arrows an
+            eighth of ``limit`` long.
+
+    Returns:
+        The ``Quiver``.
+
+    Raises:
+        ValueError: for arrays of another shape or not finite, or of different sizes, or a ``limit`` or ``length`` that
+            is not positive and finite.
+    """
+    check_positive("limit", limit)
+    points, vectors = _check_plane_points("points", points), _check_plane_points("vectors", vectors)
+    if len(points) != len(vectors):
+        raise ValueError(f"points and vectors must be equally many, got {len(points)} and {len(vectors)}")
+    if length is None:
+        longest = np.percentile(np.linalg.norm(vectors, axis=1), 95)
+        length = limit / 8 / longest if longest > 0 else 1.0
+    length = check_positive("length", length)
+    arrows = ax.quiver(*points.T, *vectors.T, color=color, angles="xy", scale_units="xy", scale=1 / length, width=0.004)
+    _frame_square(ax, limit)
+    return arrows
 
 
 def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
@@ -161,9 +193,9 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
         ValueError: for points of another shape or not finite, sets of different sizes, or a ``limit`` that is
             not positive and finite.
     """
-    _check_positive("limit", limit)
-    noisy_points = _check_points("noisy_points", noisy_points)
-    denoised_points = _check_points("denoised_points", denoised_points)
+    check_positive("limit", limit)
+    noisy_points = _check_plane_points("noisy_points", noisy_points)
+    denoised_points = _check_plane_points("denoised_points", denoised_points)
     if len(noisy_points) != len(denoised_points):
         raise ValueError(
             f"noisy_points and denoised_points must be equally many, got {len(noisy_points)} and {len(denoised_points)}"
@@ -192,7 +224,7 @@ def plot_images(ax, images, num_columns=10):
         ValueError: for images of another shape or not finite, or a ``num_columns`` that is not an integer of at
             least 1.
     """
-    _check_integer("num_columns", num_columns, 1)
+    check_integer("num_columns", num_columns)
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images must have shape (n, height, width, 1 or 3), got {images.shape}")
@@ -222,8 +254,8 @@ def frame_epochs(num_epochs, num_frames=50):
     Raises:
         ValueError: for a ``num_epochs`` or ``num_frames`` that is not an integer in range.
     """
-    _check_integer("num_epochs", num_epochs, 1)
-    _check_integer("num_frames", num_frames, 2)
+    check_integer("num_epochs", num_epochs)
+    check_integer("num_frames", num_frames, 2)
     if num_epochs <= num_frames:
         return list(range(1, num_epochs + 1))
     epochs = [1]
@@ -251,7 +283,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
     """
     _check_duration("frame_duration", frame_duration)
     _check_duration("last_frame_duration", last_frame_duration)
-    _check_positive("max_bytes", max_bytes)
+    check_positive("max_bytes", max_bytes)
     kinds = {(np.asarray(frame).dtype.name, np.shape(frame)) for frame in frames}
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
@@ -312,12 +344,12 @@ class GifCallback(keras.callbacks.Callback):
         if epochs is not None:
             epochs = frozenset(epochs)
             for epoch in epochs:
-                _check_integer("each of epochs", epoch, 1)
+                check_integer("each of epochs", epoch)
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
         for length in figure_size:
-            _check_positive("each of figure_size", length)
-        _check_positive("dpi", dpi)
+            check_positive("each of figure_size", length)
+        check_positive("dpi", dpi)
         _check_duration("frame_duration", frame_duration)
         _check_duration("last_frame_duration", last_frame_duration)
         self.path = Path(path)
@@ -384,9 +416,7 @@ class ProgressBar(keras.callbacks.Callback):
 
     def __init__(self, every_seconds=0.5):
         super().__init__()
-        if not _is_number(every_seconds) or not 0 <= every_seconds < np.inf:
-            raise ValueError(f"every_seconds must be a finite number of at least 0, got {every_seconds!r}")
-        self.every_seconds = every_seconds
+        self.every_seconds = check_interval("every_seconds", every_seconds, 0)
 
     def on_train_begin(self, logs=None):
         self._start = time.monotonic()
@@ -418,7 +448,7 @@ class ProgressBar(keras.callbacks.Callback):
         if self._first_epoch is None:  # there was nothing to train
             return
         num_epochs = self._epochs_trained - self._first_epoch
-        duration = _format_duration(time.monotonic() - self._start)
+        duration = format_duration(time.monotonic() - self._start)
         progress = _Progress(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs)
         if self._display is None:
             print(progress)
@@ -457,8 +487,8 @@ class _Progress:
     def __init__(self, fraction, heading, logs, elapsed=None, remaining=None):
         self.fraction = fraction
         self.state = [heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]
-        self.elapsed = [] if elapsed is None else [f"{_format_duration(elapsed)} elapsed"]
-        self.remaining = [] if remaining is None else [f"{_format_duration(remaining)} to go"]
+        self.elapsed = [] if elapsed is None else [f"{format_duration(elapsed)} elapsed"]
+        self.remaining = [] if remaining is None else [f"{format_duration(remaining)} to go"]
 
     def __repr__(self):
         return ", ".join(self.state + self.remaining)
@@ -476,14 +506,6 @@ def _notebook_display():
     except ImportError:
         return None
     return display if get_ipython() is not None else None
-
-
-def _format_duration(seconds):
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 2:
-        return f"{round(seconds)} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _share_palette(frames, num_colors):
@@ -507,8 +529,8 @@ def _share_palette(frames, num_colors):
 
 def _grid_points(limit, resolution):
     """Centres (resolution^2, 2), float32, of a square grid's cells; x runs fastest, and both ascend."""
-    _check_positive("limit", limit)
-    _check_integer("resolution", resolution, 2)
+    check_positive("limit", limit)
+    check_integer("resolution", resolution, 2)
     centres = (2 * np.arange(resolution) + 1 - resolution) * (limit / resolution)
     x, y = np.meshgrid(centres, centres)  # (resolution, resolution), row = y
     return np.stack([x.ravel(), y.ravel()], axis=-1).astype(np.float32)
@@ -530,30 +552,10 @@ def _add_legend(ax):
         handle.set(markersize=6, alpha=1)
 
 
-def _check_points(name, points):
-    points = np.asarray(points)
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"{name} must have shape (n, 2), got {points.shape}")
-    if not np.isfinite(points).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity among them")
-    return points
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_positive(name, value):
-    if not _is_number(value) or not 0 < value < np.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-
-
-def _check_integer(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_plane_points(name, points):
+    return check_points(name, points, (2,), "float64")
 
 
 def _check_duration(name, value):
     # Viewers slow frames down that are shorter than 0.02 s; 655.35 s is the format's bound.
-    if not _is_number(value) or not 0.02 <= value <= 655:
-        raise ValueError(f"{name} must be between 0.02 and 655 seconds, got {value!r}")
+    return check_interval(name, value, 0.02, 655.355)

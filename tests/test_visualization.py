@@ -131,6 +131,34 @@ def test_denoising_lines_go_from_noisy_to_denoised(ax):
     assert_square(ax, 2.0)
 
 
+@pytest.mark.parametrize("length", [None, 0.2])
+def test_arrows_start_at_the_points_and_show_the_vectors(ax, length):
+    rng = np.random.default_rng(0)
+    points, vectors = rng.uniform(-2, 2, (9, 2)), 50 * rng.normal(size=(9, 2))
+    arrows = visualization.plot_arrows(
+        ax, points, keras.ops.convert_to_tensor(vectors), "red", limit=3.0, length=length
+    )
+    np.testing.assert_array_equal(arrows.XY, points)
+    np.testing.assert_allclose(np.stack([arrows.U, arrows.V], axis=1), vectors, rtol=1e-6)
+    assert to_rgb(arrows.get_facecolor()[0][:3]) == (1, 0, 0)
+    assert_square(ax, 3.0)
+    render(ax)
+    shapes = (path.vertices for path in arrows.get_paths())  # in pixels from the start of the arrow, of a width of 1
+    tips = (
+        np.array([shape[np.linalg.norm(shape, axis=1).argmax()] for shape in shapes])
+        * arrows.get_transform().get_matrix()[0, 0]
+    )
+    pixels_a_unit = np.diff(ax.transData.transform([[0, 0], [1, 0]])[:, 0])
+    lengths = np.linalg.norm(vectors, axis=1)
+    factor = 0.2 if length else 3 / 8 / np.percentile(lengths, 95)
+    np.testing.assert_allclose(tips / pixels_a_unit, factor * vectors, rtol=0.05, atol=0.05)
+
+
+def test_arrows_of_length_zero(ax):
+    visualization.plot_arrows(ax, np.zeros((3, 2)), np.zeros((3, 2)))
+    render(ax)
+
+
 # Score
 
 
@@ -461,15 +489,15 @@ def test_progress_bar_text(notebook, clock):
     assert notebook.texts[:5] == [
         "epoch 1/100",  # before the first step
         "epoch 1/100, gen_loss 784.3",  # no pace yet
-        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 99 s to go",
-        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 99 s to go",
-        "epoch 2/100, gen_loss 784.3, 98 s to go",
+        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 1 min 39 s to go",
+        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 1 min 39 s to go",
+        "epoch 2/100, gen_loss 784.3, 1 min 38 s to go",
     ]
-    assert "epoch 12/100, gen_loss 0.1235, loss<real> 1234, 88 s to go" in notebook.texts
-    assert notebook.texts[-1] == "100 epochs in 110 s, gen_loss 0.1235, loss<real> 1234"
+    assert "epoch 12/100, gen_loss 0.1235, loss<real> 1234, 1 min 28 s to go" in notebook.texts
+    assert notebook.texts[-1] == "100 epochs in 1 min 50 s, gen_loss 0.1235, loss<real> 1234"
     assert notebook.htmls[4] == (
         '<div><progress value="0.0150" max="1" style="width: 20em"></progress> '
-        "epoch 2/100, gen_loss 784.3, 11 s elapsed, 98 s to go</div>"
+        "epoch 2/100, gen_loss 784.3, 11.0 s elapsed, 1 min 38 s to go</div>"
     )
     assert 'value="1.0000"' in notebook.htmls[-1] and "loss&lt;real&gt;" in notebook.htmls[-1]
 
@@ -485,7 +513,7 @@ def test_progress_bar_is_rate_limited_and_moves_within_an_epoch(notebook, clock)
     bar.on_epoch_end(0, {"loss": 1.0})
     bar.on_train_end()
     assert 19 <= len(notebook.texts) <= 23
-    assert notebook.texts[-1] == "1 epoch in 10 s, loss 1"
+    assert notebook.texts[-1] == "1 epoch in 10.0 s, loss 1"
     assert 'value="0.5' in "".join(notebook.htmls)
 
 
@@ -512,14 +540,6 @@ def test_progress_bar_in_plain_python(model, capsys):
     fit(model, visualization.ProgressBar(every_seconds=0), epochs=3)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("3 epochs in ") and ", loss " in line
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "0 s"), (93.4, "93 s"), (119.6, "2 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")],
-)
-def test_durations(seconds, text):
-    assert visualization._format_duration(seconds) == text
 
 
 # Bad input
@@ -558,6 +578,13 @@ BAD_CALLS = {
     r"denoised_points must have shape \(n, 2\), got \(3, 3\)": lambda ax: visualization.plot_denoising(
         ax, POINTS, np.zeros((3, 3))
     ),
+    "points and vectors must be equally many, got 3 and 2": lambda ax: visualization.plot_arrows(
+        ax, POINTS, POINTS[:2]
+    ),
+    "vectors must be finite": lambda ax: visualization.plot_arrows(ax, POINTS, POINTS * np.nan),
+    "length must be a positive finite number, got 0": lambda ax: visualization.plot_arrows(
+        ax, POINTS, POINTS, length=0
+    ),
     "equally many, got 3 and 2": lambda ax: visualization.plot_denoising(ax, POINTS, POINTS[:2]),
     r"score must have shape \(n, 2\), got \(1600, 1\)": lambda ax: visualization.plot_score(
         ax, lambda points: points[:, :1]
@@ -575,16 +602,16 @@ BAD_CALLS = {
     r"frames must be .* \(2, 4, 3\)\), \('uint8', \(4, 4, 3\)": lambda ax: visualization.write_gif(
         "a.gif", noise_frames(1, (2, 4, 3)) + noise_frames(1, (4, 4, 3))
     ),
-    "frame_duration must be between 0.02 and 655 seconds, got 0": lambda ax: visualization.write_gif(
-        "a.gif", noise_frames(1), frame_duration=0
+    "frame_duration must be a finite number of at least 0.02 and less than 655.355, got 0": lambda ax: (
+        visualization.write_gif("a.gif", noise_frames(1), frame_duration=0)
     ),
     "draw must be a callable": lambda ax: visualization.GifCallback("a.gif", None),
     "epochs must be an integer of at least 1, got 0": lambda ax: visualization.GifCallback("a.gif", no_draw, [3, 0]),
     "figure_size must be a positive finite number, got -1": lambda ax: visualization.GifCallback(
         "a.gif", no_draw, figure_size=(3, -1)
     ),
-    "last_frame_duration must be between 0.02 and 655 seconds, got inf": lambda ax: visualization.GifCallback(
-        "a.gif", no_draw, last_frame_duration=np.inf
+    "last_frame_duration must be a finite number of at least 0.02 and less than 655.355, got inf": lambda ax: (
+        visualization.GifCallback("a.gif", no_draw, last_frame_duration=np.inf)
     ),
     "every_seconds must be a finite number of at least 0, got -1": lambda ax: visualization.ProgressBar(-1),
 }
