@@ -1,0 +1,213 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+from small_models import assert_equal_arrays, make_egm, normal, relative_error
+
+from egm_dde.networks import (
+    GaussianLogDensity,
+    NoiseScaling,
+    RandomFourierFeatures,
+    build_energy_net,
+    build_generator,
+    build_image_energy_net,
+    build_image_generator,
+)
+
+IMAGES = {"image_shape": (8, 4, 2), "filters": (5, 6), "units": 7}
+
+
+def sizes_of(net, layer_class, size):
+    return [getattr(layer, size) for layer in net.layers if isinstance(layer, layer_class)]
+
+
+# --- Layers ---
+
+
+def test_fourier_features_equal_their_formula():
+    layer = RandomFourierFeatures(num_features=2000, scale=1.7, seed=3)
+    x = normal(4, 2)
+    features = layer(x).numpy()
+    assert layer.trainable_variables == []
+    frequencies = layer.get_weights()[0]
+    assert frequencies.shape == (2, 2000)
+    assert stats.kstest(frequencies.ravel(), stats.norm(scale=1.7).cdf).pvalue > 1e-3
+    expected = np.concatenate([x, np.sin(x @ frequencies), np.cos(x @ frequencies)], axis=1)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+def test_fourier_features_of_a_level_are_blurred_by_its_noise():
+    layer = RandomFourierFeatures(num_features=6, scale=1.2, seed=3)
+    x, levels = normal(3, 2), np.array([0.1, 0.5, 1.5])
+    features = layer(x, np.log(levels, dtype=np.float32)[:, None]).numpy()
+    frequencies = layer.get_weights()[0]  # (2, 6)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    noise = levels[:, None, None] * np.linalg.norm(frequencies, axis=0)[:, None] * nodes  # (3, 6, 80), of the phase
+    phases = (x @ frequencies)[:, :, None] + noise
+    expected = [np.average(wave(phases), axis=-1, weights=weights) for wave in (np.sin, np.cos)]
+    np.testing.assert_allclose(features, np.concatenate([x, *expected], axis=1), atol=1e-5)
+
+
+def test_noise_scaling_makes_points_equally_wide():
+    x = 1.7 * normal(5000, 3)
+    levels = np.geomspace(0.1, 10, 5000, dtype=np.float32)[:, None]
+    noisy = x + levels * normal(5000, 3, seed=1)
+    scaled = NoiseScaling(1.7)(noisy, np.log(levels))
+    np.testing.assert_allclose(scaled, noisy / np.hypot(1.7, levels), rtol=1e-5)
+    np.testing.assert_allclose(np.std(np.split(scaled.numpy(), 5), axis=(1, 2)), 1, rtol=0.05)
+    images = np.reshape(noisy, (5000, 1, 3, 1))
+    np.testing.assert_allclose(np.reshape(NoiseScaling(1.7)(images, np.log(levels)), (5000, 3)), scaled, rtol=1e-5)
+    np.testing.assert_allclose(NoiseScaling(1.7)(x), x / 1.7, rtol=1e-5)
+
+
+def gaussian_log_density(x, variance):
+    return stats.multivariate_normal(cov=variance * np.eye(x.shape[-1])).logpdf(x)
+
+
+def test_base_measure_is_a_normalised_gaussian():
+    layer = GaussianLogDensity(data_std=1.5)
+    x, levels = normal(4, 3), np.array([0.1, 0.5, 1.0, 3.0])
+    np.testing.assert_allclose(layer(x)[:, 0], gaussian_log_density(x, 1.5**2), rtol=1e-5)
+    expected = [gaussian_log_density(y, 1.5**2 + s**2) for y, s in zip(x, levels, strict=True)]
+    np.testing.assert_allclose(layer(x, np.log(levels, dtype=np.float32)[:, None])[:, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3}),
+        (NoiseScaling, {"data_std": 1.3}),
+        (GaussianLogDensity, {"data_std": 1.3}),
+    ],
+)
+def test_layers_keep_their_options(layer, options):
+    copy = layer.from_config(layer(**options).get_config())
+    assert {name: getattr(copy, name) for name in options} == options
+
+
+# --- Networks of points ---
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("noise_conditional", [False, True])
+def test_energy_net_returns_one_number_a_point(dim, noise_conditional):
+    net = build_energy_net(dim, noise_conditional, (6, 6), num_features=3)
+    inputs = [normal(4, dim), normal(4, 1)] if noise_conditional else normal(4, dim)
+    assert net(inputs).shape == (4, 1)
+    assert net.output_shape == (None, 1)
+    assert sizes_of(net, keras.layers.Dense, "units") == [6, 6, 1]
+
+
+def test_energy_net_without_its_last_layer_is_the_base_measure():
+    net = build_energy_net(3, True, (5,), num_features=2, data_std=1.5)
+    last_layer = [layer for layer in net.layers if isinstance(layer, keras.layers.Dense)][-1]
+    last_layer.set_weights([np.zeros((5, 1))])
+    x = normal(4, 3)
+    log_density = net([x, np.full((4, 1), np.log(0.7), np.float32)])[:, 0]
+    np.testing.assert_allclose(log_density, gaussian_log_density(x, 1.5**2 + 0.7**2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dim", "num_frequencies"), [(2, 64), (3, 64), (4, 0), (63, 0)])
+def test_waves_are_left_out_in_many_dimensions(dim, num_frequencies):
+    for num_features in (None, num_frequencies):
+        net = build_energy_net(dim, True, (4,), num_features=num_features)
+        found = sizes_of(net, RandomFourierFeatures, "num_features")
+        assert found == ([num_frequencies] if num_frequencies else [])
+        assert net([normal(5, dim), normal(5, 1)]).shape == (5, 1)
+
+
+@pytest.mark.parametrize(("latent_dim", "dim"), [(1, 1), (2, 2), (4, 3)])
+def test_generator_maps_latents_to_points(latent_dim, dim):
+    generator = build_generator(latent_dim, dim, (6, 6), num_features=3)
+    assert generator(normal(4, latent_dim)).shape == (4, dim)
+    assert sizes_of(generator, keras.layers.Dense, "units") == [6, 6, dim]
+
+
+def test_generator_starts_as_the_identity_scaled_to_the_data():
+    z = normal(500, 2)
+    y = build_generator(2, 2, (32, 32), "relu", num_features=8, feature_scale=1.0, data_std=1.7, seed=0)(z)
+    assert relative_error(y, 1.7 * z) < 0.2
+
+
+@pytest.mark.parametrize("build", [build_energy_net, build_generator])
+def test_initial_weights_are_a_function_of_the_seed(build):
+    first, same, other = (build(widths=(6, 6, 6), num_features=3, seed=seed).get_weights() for seed in (4, 4, 5))
+    assert_equal_arrays(first, same)
+    for one, two in zip(first, other, strict=True):
+        assert not np.any(one) or not np.isin(one, two).any()  # biases start at zero
+    for one, two in itertools.combinations(first, 2):
+        if one.shape == two.shape and np.any(one):
+            assert not np.isin(one, two).any()
+
+
+def test_networks_are_built_in_silence(capsys):
+    build_energy_net(noise_conditional=True, widths=(4,), num_features=2)
+    build_generator(widths=(4,), num_features=2)
+    make_egm().compile()
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+SMALL = {"widths": (6, 6), "num_features": 3, "feature_scale": 1.0, "data_std": 2.0}
+CHANGES = {"num_features": 5, "feature_scale": 2.0, "data_std": 3.0, "widths": (6,), "seed": 1}
+COMPONENTS = normal(3, 8, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "changes", "event_shape"),
+    [
+        (build_energy_net, SMALL, CHANGES | {"activation": "silu"}, (2,)),
+        (build_generator, SMALL, CHANGES | {"activation": "tanh"}, (2,)),
+        (
+            build_image_energy_net,
+            IMAGES,
+            {"filters": (5,), "units": 3, "activation": "tanh", "data_mean": 0.1, "data_std": 1.0, "seed": 1},
+            (8, 4, 2),
+        ),
+        (
+            build_image_generator,
+            {"components": COMPONENTS, "widths": (5, 5)},
+            {"components": 2 * COMPONENTS, "data_mean": 0.1, "widths": (4,), "filters": (5,), "seed": 1},
+            (3,),
+        ),
+    ],
+    ids=["energy", "generator", "image energy", "image generator"],
+)
+def test_every_option_of_a_network_matters(build, options, changes, event_shape):
+    reference = build(**options)(normal(4, *event_shape))
+    for name, value in changes.items():
+        assert not np.allclose(build(**options | {name: value})(normal(4, *event_shape)), reference), name
+
+
+# --- Networks of images ---
+
+
+@pytest.mark.parametrize("noise_conditional", [False, True])
+def test_image_energy_net_returns_one_number_an_image(noise_conditional):
+    net = build_image_energy_net(**IMAGES, noise_conditional=noise_conditional)
+    x, level = normal(4, 8, 4, 2), normal(4, 1)
+    assert net([x, level] if noise_conditional else x).shape == (4, 1)
+    assert sizes_of(net, keras.layers.Conv2D, "filters") == [5, 6]
+    assert sizes_of(net, keras.layers.Conv2D, "kernel")[0].shape[2] == 2 + noise_conditional
+    if noise_conditional:
+        assert not np.allclose(net([x, level]), net([x, level + 1]))
+
+
+def test_far_images_have_the_log_density_of_the_gaussian_around_the_mean():
+    mean = normal(8, 4, 2, seed=1)
+    net = build_image_energy_net(**IMAGES, data_mean=mean, data_std=0.4)
+    x = 1e3 * normal(4, 8, 4, 2)
+    expected = -np.sum((x - mean) ** 2, axis=(1, 2, 3)) / (2 * 0.4**2)
+    np.testing.assert_allclose(net(x)[:, 0], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("filters", [(), (5,), (6, 5)])
+def test_image_generator_starts_as_a_linear_map(filters):
+    mean, z = normal(8, 4, 2, seed=1), normal(500, 3, seed=2)
+    generator = build_image_generator(COMPONENTS, mean, widths=(7,), filters=filters)
+    y = generator(z)
+    assert y.shape == (500, 8, 4, 2)
+    assert relative_error(y, mean + np.einsum("nk,khwc->nhwc", z, COMPONENTS)) < 0.1
+    assert sizes_of(generator, keras.layers.Conv2DTranspose, "filters") == [*filters[1:], 2][: len(filters)]
