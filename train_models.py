@@ -6,22 +6,25 @@ all of them, ``example_models/gallery.png``.
 """
 
 import argparse
-import os
+import json
 import time
+import zipfile
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up notes would fill the terminal
-os.environ.setdefault(
-    "TF_NUM_INTRAOP_THREADS", "1"
-)  # small matrices: cores share out whole operations, not parts of them
+from egm_dde.runtime import prepare_process
+
+prepare_process()  # before TensorFlow is imported
 
 import keras
+import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from egm_dde import visualization
+from egm_dde import evaluation, visualization
+from egm_dde.files import replacing
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from utils import DATASETS, sample_2d_data
+from utils import DATASETS, MODE_STDS, distances_to_modes, noisy_density_2d, sample_2d_data
 
 NOISE_RANGE = (0.1, 1.5)
 BATCH_SIZE = 512
@@ -29,6 +32,7 @@ DDE_STEPS = 2
 STEPS_PER_EPOCH = 50
 EPOCHS = 100
 NUM_BATCHES = 2000
+NEWER_SETTINGS = ("quantization_config", "input_axes", "output_axes")  # of Dense and of initializers
 FOLDER = Path(__file__).parent / "example_models"
 
 
@@ -81,11 +85,62 @@ def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
     return egm
 
 
+def measure(dataset, model, rng=None, n_samples=2_000_000):
+    """Measure a trained model on a data set, at its lowest noise level, against the exact density.
+
+    Args:
+        dataset: one of ``utils.DATASETS``.
+        model: trained ``EGM``.
+        rng: a ``numpy.random.Generator``, an integer seed, or None; for the generated and the real samples and the
+            noise.
+        n_samples: number of generated samples.
+
+    Returns:
+        dict of floats, as ``evaluation.results_row``.
+    """
+    rng = np.random.default_rng(rng)
+    noise_std = model.dde_real.noise_range[0]
+    return evaluation.results_row(
+        model.dde_real.log_density,
+        partial(model.sample, seed=int(rng.integers(2**31))),
+        partial(noisy_density_2d, dataset, noise_std=noise_std),
+        partial(sample_2d_data, dataset),
+        noise_std,
+        distances_to_modes=partial(distances_to_modes, dataset) if dataset in MODE_STDS else None,
+        mode_std=MODE_STDS.get(dataset, 0.0),
+        rng=rng,
+        n_samples=n_samples,
+    )
+
+
 def save_without_optimizers(model, path):
-    """Save a model to a ``.keras`` file without the state of its optimizers, which is most of the file."""
-    copy = type(model).from_config(model.get_config())
+    """Save a model to a ``.keras`` file without the state of its optimizers, which is most of the file.
+
+    The file loads in Keras 3.8 and newer, whatever version writes it.
+    """
+    config = model.get_config()
+    for part in config.values():
+        if isinstance(part, dict):  # a DDE that was compiled would come back with an optimizer
+            part.pop("compile_config", None)
+    copy = type(model).from_config(config)
     copy.set_weights(model.get_weights())
-    copy.save(path)
+    with replacing(path) as temporary:
+        copy.save(temporary)
+        drop_newer_settings(temporary)
+
+
+def drop_newer_settings(path):
+    """Remove ``NEWER_SETTINGS`` from a ``.keras`` file where they are None: Keras 3.8 does not know them."""
+
+    def drop(config):
+        return {name: value for name, value in config.items() if value is not None or name not in NEWER_SETTINGS}
+
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["config.json"] = json.dumps(json.loads(files["config.json"], object_hook=drop))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
 
 
 def draw_gallery(models):
