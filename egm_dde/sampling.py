@@ -5,7 +5,7 @@
 * ``log_partition`` estimates the logarithm of the integral of exp(log density), with its standard error: subtract it,
   and the log density is normalised.
 
-All of them take a trained ``energy_models.DDE`` and leave it as it is; nothing is learned here.
+All of them take a trained ``energy_models.DDE`` and leave it as it is.
 """
 
 import itertools
@@ -45,21 +45,13 @@ SMALLEST_SAMPLE_SHARE = 0.1
 
 
 class LogPartition(NamedTuple):
-    """The logarithm of an integral, estimated from weighted points, and how far to trust it.
+    """The logarithm of an integral, estimated from weighted points, and how far to trust it."""
 
-    Attributes:
-        value: the estimate, in nats.
-        standard_error: its standard error, in nats.
-        effective_sample_size: (sum of weights)^2 / sum of weights^2, in points.
-        n_samples: the number of points.
-        is_reliable: whether the effective sample size is at least 100 and 10 % of ``n_samples``.
-    """
-
-    value: float
-    standard_error: float
-    effective_sample_size: float
+    value: float  # in nats
+    standard_error: float  # in nats
+    effective_sample_size: float  # (sum of weights)^2 / sum of weights^2, in points
     n_samples: int
-    is_reliable: bool
+    is_reliable: bool  # whether the effective sample size is at least 100 and 10 % of n_samples
 
 
 # ---------------------------------------------------------------------------------------------- points
@@ -285,13 +277,9 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
             'try method="annealed", more num_steps, a larger noise_std, or data that the DDE has learned',
             stacklevel=2,
         )
-    return LogPartition(
-        value=float(log_sum - math.log(n_samples)),
-        standard_error=math.sqrt(max(1 / sample_size - 1 / n_samples, 0.0)),
-        effective_sample_size=sample_size,
-        n_samples=n_samples,
-        is_reliable=bool(is_reliable),
-    )
+    value = float(log_sum - math.log(n_samples))
+    standard_error = math.sqrt(max(1 / sample_size - 1 / n_samples, 0.0))
+    return LogPartition(value, standard_error, sample_size, n_samples, is_reliable)
 
 
 def weigh(dde, data, level, n_samples, seed):
