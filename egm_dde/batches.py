@@ -1,50 +1,62 @@
 """The order of the data: a function of the seed and the number of steps made, which a resumed run repeats."""
 
+import itertools
 import math
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+BATCHES_PER_BLOCK = 64  # of an array are put in order in one go
 
-class ShuffledBatches(keras.utils.PyDataset):
-    """The batches of one epoch of an array; each pass over the data has an order of its own.
+
+def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
+    """Make batches of an array; each pass over it has an order of its own.
 
     The order of a pass is a function of the model's seed and of the number of steps made before the pass.
+
+    Args:
+        model: the ``Trainable`` that the batches are for.
+        x: array (n, *event).
+        batch_size: number of points in a batch. On several devices, points that fill no batch are left out.
+        shuffle: whether the order is random.
+        steps_per_epoch: number of batches in an epoch. An epoch then begins within a pass, where the last one stopped.
+            None is one pass.
+
+    Returns:
+        ``tf.data.Dataset`` of the batches (batch, *event) of one epoch, which each iteration reads the model's number
+        of steps for, and their number.
     """
+    num_replicas = model.distribute_strategy.num_replicas_in_sync
+    batches_per_pass = len(x) // batch_size if num_replicas > 1 else math.ceil(len(x) / batch_size)
+    if not batches_per_pass or batch_size % num_replicas:
+        raise ValueError(
+            f"on {num_replicas} devices, batch_size must be a multiple of {num_replicas} and at most the number of "
+            f"points, {len(x)}; got {batch_size}"
+        )
 
-    def __init__(self, model, x, batch_size, shuffle, steps_per_epoch):
-        super().__init__()
-        self.model, self.x, self.batch_size, self.shuffle = model, x, batch_size, shuffle
-        num_replicas = model.distribute_strategy.num_replicas_in_sync
-        self.batches_per_pass = len(x) // batch_size if num_replicas > 1 else math.ceil(len(x) / batch_size)
-        if not self.batches_per_pass or batch_size % num_replicas:
-            raise ValueError(
-                f"on {num_replicas} devices, batch_size must be a multiple of {num_replicas} and at most the number of "
-                f"points, {len(x)}; got {batch_size}"
-            )
-        self.steps_per_epoch = steps_per_epoch
-        self.start_epoch()
+    def put_in_order():
+        position = model.num_steps % batches_per_pass if steps_per_epoch else 0
+        for first_step in itertools.count(model.num_steps - position, batches_per_pass):
+            order = np.arange(len(x))
+            if shuffle:
+                order = np.random.default_rng((model.seed, first_step)).permutation(order)
+            for start in range(position, batches_per_pass, BATCHES_PER_BLOCK):
+                stop = min(start + BATCHES_PER_BLOCK, batches_per_pass)
+                yield x[order[start * batch_size : stop * batch_size]]
+            position = 0
 
-    def start_epoch(self):
-        # With a steps_per_epoch of its own, an epoch goes on where the last one stopped within a pass.
-        self.position = self.model.num_steps % self.batches_per_pass if self.steps_per_epoch else 0
-        self.first_step = self.model.num_steps - self.position  # of the pass
-        self.orders = {}
+    def split(block):
+        num_points = tf.shape(block)[0] // batch_size * batch_size
+        full = tf.data.Dataset.from_tensor_slices(tf.reshape(block[:num_points], (-1, batch_size, *x.shape[1:])))
+        rest = tf.data.Dataset.from_tensors(block[num_points:])
+        return full.concatenate(rest.filter(lambda points: tf.size(points) > 0))
 
-    @property
-    def num_batches(self):
-        return self.steps_per_epoch or self.batches_per_pass
-
-    def __getitem__(self, index):
-        passes, place = divmod(self.position + index, self.batches_per_pass)
-        step = self.first_step + passes * self.batches_per_pass
-        if step not in self.orders:
-            order = np.arange(len(self.x))
-            self.orders = {
-                step: np.random.default_rng((self.model.seed, step)).permutation(order) if self.shuffle else order
-            }
-        return self.x[self.orders[step][place * self.batch_size : (place + 1) * self.batch_size]]
+    signature = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
+    num_batches = steps_per_epoch or batches_per_pass
+    blocks = tf.data.Dataset.from_generator(put_in_order, output_signature=signature)
+    batches = blocks.flat_map(split).take(num_batches)
+    return batches.apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
 
 class Run(keras.callbacks.Callback):
@@ -53,7 +65,6 @@ class Run(keras.callbacks.Callback):
     def __init__(self, model, initial_epoch):
         super().__init__()
         self.set_model(model)
-        self.batches = None  # those of an array
         self.steps_per_epoch = None  # stays None where the data do not know their length
         self.position = None  # number of steps made since the first epoch began
         self.steps_at_start = model.num_steps
@@ -91,10 +102,6 @@ class Run(keras.callbacks.Callback):
         if self.position < 0:  # steps that this process made are given up
             self.position = (self.model._initial_epoch or 0) * self.steps_per_epoch
         self.model._initial_epoch = self.position // self.steps_per_epoch
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self.batches is not None:
-            self.batches.start_epoch()
 
     def on_train_batch_end(self, batch, logs=None):
         if self.model.jit_compile and not self.model.stop_training:  # XLA leaves out the checks within a step

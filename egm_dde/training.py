@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from egm_dde import checks
-from egm_dde.batches import Run, ShuffledBatches, not_finite
+from egm_dde.batches import Run, make_batches, not_finite
 from egm_dde.files import NamedMemory, check_archive, replacing
 
 
@@ -120,8 +120,8 @@ class Trainable(keras.Model):
                         f"validation_split={validation_split!r} leaves none of {len(x)} points to train on"
                     )
                 x, validation_data, validation_split = x[:num_training], x[num_training:], 0.0
-            x = run.batches = ShuffledBatches(self, x, batch_size, shuffle, steps_per_epoch)
-            run.steps_per_epoch, steps_per_epoch = x.num_batches, None
+            x, run.steps_per_epoch = make_batches(self, x, batch_size, shuffle, steps_per_epoch)
+            steps_per_epoch = None
         elif isinstance(x, tf.data.Dataset):
             self.check_batches(x.element_spec)
             x, steps_per_epoch = run.continue_dataset(x, steps_per_epoch)
@@ -144,7 +144,7 @@ class Trainable(keras.Model):
                 callbacks=[*callbacks, run],
                 validation_split=validation_split,
                 validation_data=validation_data,
-                shuffle=shuffle and isinstance(x, keras.utils.PyDataset) and run.batches is None,
+                shuffle=shuffle and isinstance(x, keras.utils.PyDataset),
                 initial_epoch=initial_epoch,
                 steps_per_epoch=steps_per_epoch,
                 **options,
@@ -266,6 +266,9 @@ class Trainable(keras.Model):
 
     def export(self, filepath, format="tf_saved_model", **options):
         """Export what calling the model returns, as ``keras.Model.export`` does; a folder is replaced whole."""
+        shape = getattr(self, "latent_shape", self.event_shape)  # of what the model is called on
+        if shape is not None and options.get("input_signature") is None:  # Keras knows it only after a call
+            options["input_signature"] = [keras.InputSpec(shape=(None, *shape), dtype=self.variable_dtype)]
         with replacing(filepath) as temporary:
             super().export(str(temporary), format=format, **options)
 

@@ -1,16 +1,13 @@
-"""Interruptions, files, bad data and numbers that stop being finite."""
+"""Interruptions, the order of the data, files and networks of one's own."""
 
 import contextlib
 import io
-import random
+import json
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -20,16 +17,13 @@ import resumable_run
 import tensorflow as tf
 from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
+from small_models import assert_equal_arrays, normal
 
 from egm_dde.visualization import write_gif
 from energy_models import DDE, EGM, build_energy_net, build_generator
 
 KINDS = ["DDE", "EGM"]
 NUM_POINTS, BATCH_SIZE, EPOCHS = 22, 4, 4  # the last of the 6 batches of an epoch is smaller
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def make_model(kind, noise_std=(0.2, 1.5), seed=3, **options):
@@ -41,39 +35,34 @@ def make_model(kind, noise_std=(0.2, 1.5), seed=3, **options):
 
     if kind == "DDE":
         model = make_dde(1)
-        model.compile(Adam(0.01), **options)
     else:
         generator = build_generator(widths=(6,), num_features=4, seed=3)
         model = EGM(make_dde(1), make_dde(2), generator, dde_steps=1, seed=seed)
-        model.compile(Adam(0.01), Adam(0.01), **options)
+    model.compile(*[Adam(0.01)] * (1 if kind == "DDE" else 2), **options)
     return model
 
 
 def state(model):
     """All that a training step changes: weights of networks and of optimizers."""
-    names = ["optimizer"] if isinstance(model, DDE) else ["dde_real_optimizer", "dde_fake_optimizer", "gen_optimizer"]
-    variables = [*model.weights, *(variable for name in names for variable in getattr(model, name).variables)]
+    models = [model] if isinstance(model, DDE) else [model, model.dde_real, model.dde_fake]
+    variables = [*model.weights, *(variable for each in models for variable in each.optimizer.variables)]
     return [keras.ops.convert_to_numpy(variable) for variable in variables]
 
 
-def assert_equal_states(one, other):
-    assert len(one) == len(other)
-    for array, another in zip(one, other, strict=True):
-        np.testing.assert_array_equal(array, another)
+def assert_equal_states(one, *others):
+    for other in others:
+        assert len(state(one)) == len(state(other))
+        assert_equal_arrays(state(one), state(other))
 
 
 class Batches(keras.utils.PyDataset):
     """Slices of the points."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.x = normal(NUM_POINTS, 2)
-
     def __len__(self):
         return -(-NUM_POINTS // BATCH_SIZE)
 
     def __getitem__(self, index):
-        return (self.x[index * BATCH_SIZE : (index + 1) * BATCH_SIZE],)
+        return (normal(NUM_POINTS, 2)[index * BATCH_SIZE : (index + 1) * BATCH_SIZE],)
 
 
 class Interrupt(Callback):
@@ -99,9 +88,13 @@ DATA = {
     "array in parts": lambda: (normal(NUM_POINTS, 2), {"batch_size": BATCH_SIZE, "steps_per_epoch": 4}),
     "dataset": lambda: (shuffled_dataset().batch(BATCH_SIZE), {}),
     "endless dataset": lambda: (shuffled_dataset().repeat().batch(BATCH_SIZE), {"steps_per_epoch": 5}),
-    "PyDataset": lambda: (Batches(), {}),
-    "PyDataset with workers": lambda: (Batches(workers=2), {}),
+    "PyDataset in order": lambda: (Batches(), {"shuffle": False}),
 }
+
+
+def fit(model, data_kind, *callbacks, epochs=EPOCHS, **options):
+    data, data_options = DATA[data_kind]()
+    return model.fit(data, epochs=epochs, verbose=0, callbacks=[*callbacks], **data_options, **options)
 
 
 # ---------------------------------------------------------------------------------------------- interruptions
@@ -109,100 +102,97 @@ DATA = {
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Histories and states of runs that nothing interrupts, by kind of model and data."""
+    """Models and histories of runs that nothing interrupts, by kind of model and data."""
     runs = {}
 
     def run(kind, data_kind):
         if (kind, data_kind) not in runs:
             model = make_model(kind)
-            data, options = DATA[data_kind]()
-            history = model.fit(data, epochs=EPOCHS, verbose=0, **options).history
-            runs[kind, data_kind] = history, state(model)
+            runs[kind, data_kind] = model, fit(model, data_kind).history
         return runs[kind, data_kind]
 
     return run
 
 
-@pytest.mark.parametrize("data_kind", DATA)
-@pytest.mark.parametrize("kind", KINDS)
-def test_restored_training_goes_on_as_if_nothing_had_happened(kind, data_kind, uninterrupted, tmp_path):
-    if kind == "EGM" and data_kind not in ("array", "endless dataset"):
-        pytest.skip("the order of the data is that of the DDE")
-    expected_history, expected_state = uninterrupted(kind, data_kind)
-    for num_batches in (9, 5):  # each time in the middle of an epoch, after another one
-        model = make_model(kind)
-        data, options = DATA[data_kind]()
-        with pytest.raises(KeyboardInterrupt):
-            model.fit(
-                data,
-                epochs=EPOCHS,
-                verbose=0,
-                callbacks=[BackupAndRestore(tmp_path / "backup"), Interrupt(num_batches)],
-                **options,
-            )
-    model = make_model(kind)
-    data, options = DATA[data_kind]()
-    history = model.fit(data, epochs=EPOCHS, verbose=0, callbacks=BackupAndRestore(tmp_path / "backup"), **options)
-    assert 0 < history.epoch[0] <= history.epoch[-1] == EPOCHS - 1
+def assert_ends_like(expected, model, history, first_epoch):
+    """The run began at an epoch and ended with the losses and the state of the one expected."""
+    expected_model, expected_history = expected
+    assert history.epoch == list(range(first_epoch, EPOCHS))
     for name, values in history.history.items():
-        assert values == expected_history[name][history.epoch[0] :]
-    assert_equal_states(state(model), expected_state)
+        assert values == expected_history[name][first_epoch:]
+    assert_equal_states(expected_model, model)
 
 
-@pytest.mark.parametrize("data_kind", ["array", "array in parts", "dataset", "endless dataset"])
-def test_training_restored_within_an_epoch_ends_it_where_it_would_have(data_kind, uninterrupted, tmp_path):
-    expected_history, expected_state = uninterrupted("DDE", data_kind)
-    for last in (False, True):
-        model = make_model("DDE")
-        data, options = DATA[data_kind]()
-        callbacks = [BackupAndRestore(tmp_path / "backup", save_freq=1), *([] if last else [Interrupt(8)])]
-        with pytest.raises(KeyboardInterrupt) if not last else pytest.MonkeyPatch.context():
-            history = model.fit(data, epochs=EPOCHS, verbose=0, callbacks=callbacks, **options)
-    first = history.epoch[0]
-    assert 0 < first < history.epoch[-1] == EPOCHS - 1
-    assert history.history["loss"][1:] == expected_history["loss"][first + 1 :]
-    assert_equal_states(state(model), expected_state)
+@pytest.mark.parametrize(("kind", "data_kind"), [*(("DDE", data_kind) for data_kind in DATA), ("EGM", "array")])
+def test_restored_training_goes_on_as_if_nothing_had_happened(kind, data_kind, uninterrupted, tmp_path):
+    for num_batches in (9, 5):  # each time in the middle of an epoch, after another one
+        with pytest.raises(KeyboardInterrupt):
+            fit(make_model(kind), data_kind, BackupAndRestore(tmp_path / "backup"), Interrupt(num_batches))
+    model = make_model(kind)
+    history = fit(model, data_kind, BackupAndRestore(tmp_path / "backup"))
+    first_epoch = 3 if data_kind == "array in parts" else 2 if data_kind == "endless dataset" else 1
+    assert_ends_like(uninterrupted(kind, data_kind), model, history, first_epoch)
 
 
-@pytest.mark.parametrize("data_kind", ["array", "array in parts", "dataset", "endless dataset", "PyDataset"])
+@pytest.mark.parametrize("data_kind", ["array", "array in parts", "dataset", "endless dataset", "PyDataset in order"])
 def test_training_goes_on_from_a_checkpoint(data_kind, uninterrupted, tmp_path):
-    expected_history, expected_state = uninterrupted("DDE", data_kind)
-    model = make_model("DDE")
-    data, options = DATA[data_kind]()
-    checkpoint = ModelCheckpoint(tmp_path / "{epoch}.keras")
-    model.fit(data, epochs=2, verbose=0, callbacks=checkpoint, **options)
+    fit(make_model("DDE"), data_kind, ModelCheckpoint(tmp_path / "{epoch}.keras"), epochs=2)
     loaded = keras.saving.load_model(tmp_path / "2.keras")
-    data, options = DATA[data_kind]()
-    history = loaded.fit(data, initial_epoch=2, epochs=EPOCHS, verbose=0, **options)
-    assert history.history["loss"] == expected_history["loss"][2:]
-    assert_equal_states(state(loaded), expected_state)
+    history = fit(loaded, data_kind, initial_epoch=2)
+    assert_ends_like(uninterrupted("DDE", data_kind), loaded, history, 2)
 
 
-def test_each_point_is_seen_once_in_a_pass_and_each_pass_has_an_order_of_its_own():
-    orders = {}
-    for name, seed in (("first", 3), ("again", 3), ("other seed", 4)):
-        keras.utils.set_random_seed(len(orders))  # Keras's own shuffle would follow the global seeds
-        model = make_model("DDE", seed=seed, run_eagerly=True)
-        batches = record_batches(model)
-        data, options = DATA["array"]()
-        for _ in range(2):  # fit may be called again and again
-            model.fit(data, epochs=2, verbose=0, **options)
-        passes = np.split(np.concatenate(batches), 4)
-        for one in passes:
-            np.testing.assert_array_equal(np.sort(one), np.sort(data[:, 0]))
-        assert len({tuple(one) for one in passes}) == 4
-        orders[name] = np.concatenate(passes)
-    np.testing.assert_array_equal(orders["first"], orders["again"])
-    assert (orders["first"] != orders["other seed"]).any()
+@pytest.mark.parametrize("epoch", [None, 1])
+def test_a_backup_whose_two_files_disagree_goes_by_its_weights(epoch, uninterrupted, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model("DDE"), "array", BackupAndRestore(tmp_path), Interrupt(14))
+    metadata = tmp_path / "training_metadata.json"
+    if epoch is None:
+        metadata.unlink()
+    else:
+        metadata.write_text(json.dumps({"epoch": epoch, "batch": 0}))
+    model = make_model("DDE")
+    history = fit(model, "array", BackupAndRestore(tmp_path))
+    assert_ends_like(uninterrupted("DDE", "array"), model, history, 2)
 
 
-def test_epochs_of_any_length_go_through_the_data_again_and_again():
-    model = make_model("DDE", run_eagerly=True)
-    batches = record_batches(model)
-    data, options = DATA["array in parts"]()  # 6 batches a pass, 4 steps an epoch
-    model.fit(data, epochs=3, verbose=0, **options)
-    first, second = np.split(np.concatenate(batches), 2)
-    assert sorted(first) == sorted(second) == sorted(data[:, 0])
+def test_training_again_in_one_process_starts_at_the_first_epoch(tmp_path):
+    model = make_model("DDE")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, "array", BackupAndRestore(tmp_path / "backup"), Interrupt(8), epochs=2)
+    fit(model, "array", BackupAndRestore(tmp_path / "backup"), epochs=2)
+    assert fit(model, "array", epochs=2).epoch == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["within an epoch", pytest.param("while saving", marks=pytest.mark.slow)])
+def test_killed_training_goes_on_as_if_nothing_had_happened(how, tmp_path):
+    program = Path(__file__).with_name("resumable_run.py")
+    for each in (how, "not"):
+        process = subprocess.run([sys.executable, program, tmp_path, each], capture_output=True, timeout=300)
+        assert process.returncode == (0 if each == "not" else -signal.SIGKILL), process.stderr.decode()
+    result = np.load(tmp_path / "result.npz")
+    history, expected_state = resumable_run.train()
+    assert result["epochs"].tolist() == [*range(1, resumable_run.EPOCHS)]
+    for name, values in history.history.items():
+        assert result[name].tolist() == values[1:]
+    assert_equal_arrays([result[f"arr_{index}"] for index in range(len(expected_state))], expected_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_written_by_hand_repeats_itself_and_fit(kind, tmp_path):
+    fitted, by_hand, loaded = (make_model(kind) for _ in range(3))
+    fit(fitted, "array in order", epochs=2)
+    for step in range(12):
+        if step == 5:
+            loaded.save(tmp_path / "model.keras")
+            loaded = keras.saving.load_model(tmp_path / "model.keras")
+        batch = Batches()[step % 6][0]
+        by_hand.train_on_batch(batch)
+        loaded.train_on_batch(batch)
+    assert_equal_states(fitted, by_hand, loaded)
+
+
+# ---------------------------------------------------------------------------------------------- the order of arrays
 
 
 def record_batches(model):
@@ -217,106 +207,39 @@ def record_batches(model):
     return batches
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_written_by_hand_repeats_itself_and_fit(kind):
-    states = []
-    data, options = DATA["array in order"]()
-    for way in ("fit", "loop", "loop", "loaded"):
-        model = make_model(kind)
-        if way == "fit":
-            model.fit(data, epochs=2, verbose=0, **options)
-        else:
-            for step in range(12):
-                if way == "loaded" and step == 5:
-                    model = reload(model)
-                start = step % 6 * BATCH_SIZE
-                model.train_on_batch(data[start : start + BATCH_SIZE])
-        states.append(state(model))
-    for other in states[1:]:
-        assert_equal_states(states[0], other)
+def test_each_point_is_seen_once_in_a_pass_and_each_pass_has_an_order_of_its_own():
+    orders = {}
+    for name, seed in (("first", 3), ("again", 3), ("other seed", 4)):
+        keras.utils.set_random_seed(len(orders))  # global seeds must not matter
+        model = make_model("DDE", seed=seed, run_eagerly=True)
+        batches = record_batches(model)
+        for _ in range(2):  # fit may be called again and again
+            fit(model, "array", epochs=2)
+        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2] * 4
+        passes = np.split(np.concatenate(batches), 4)
+        for one in passes:
+            np.testing.assert_array_equal(np.sort(one), np.sort(normal(NUM_POINTS, 2)[:, 0]))
+        assert len({tuple(one) for one in passes}) == 4
+        orders[name] = np.concatenate(passes)
+    np.testing.assert_array_equal(orders["first"], orders["again"])
+    assert (orders["first"] != orders["other seed"]).any()
 
 
-def reload(model):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.keras"
-        model.save(path)
-        return keras.saving.load_model(path)
+def test_epochs_of_any_length_go_through_the_data_again_and_again():
+    model = make_model("DDE", run_eagerly=True)
+    batches = record_batches(model)
+    fit(model, "array in parts", epochs=3)  # 6 batches a pass, 4 steps an epoch
+    first, second = np.split(np.concatenate(batches), 2)
+    assert sorted(first) == sorted(second) == sorted(normal(NUM_POINTS, 2)[:, 0])
 
 
-@pytest.mark.parametrize("restored", ["without its weights", "torn", "without the file of the epoch"])
-def test_a_backup_that_a_kill_tore_is_mended(restored, uninterrupted, tmp_path):
-    expected_history, expected_state = uninterrupted("DDE", "array")
-    backup = tmp_path / "backup"
-    metadata = backup / "training_metadata.json"
-    model = make_model("DDE")
-    data, options = DATA["array"]()
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(data, epochs=EPOCHS, verbose=0, callbacks=[BackupAndRestore(backup), Interrupt(14)], **options)
-    first_epoch = 2
-    if restored == "torn":
-        metadata.write_text("")
-    elif restored == "without its weights":
-        (backup / "latest.weights.h5").unlink()
-        first_epoch = 0
-    else:
-        metadata.unlink()
-    model = make_model("DDE")
-    history = model.fit(data, epochs=EPOCHS, verbose=0, callbacks=BackupAndRestore(backup), **options)
-    assert history.epoch[0] == first_epoch
-    assert history.history["loss"] == expected_history["loss"][first_epoch:]
-    assert_equal_states(state(model), expected_state)
-
-
-def test_training_again_in_one_process_starts_at_the_first_epoch(tmp_path):
-    model = make_model("DDE")
-    data, options = DATA["array"]()
-    callbacks = [BackupAndRestore(tmp_path / "backup"), Interrupt(8)]
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(data, epochs=2, verbose=0, callbacks=callbacks, **options)
-    model.fit(data, epochs=2, verbose=0, callbacks=callbacks[:1], **options)
-    assert model.fit(data, epochs=2, verbose=0, **options).epoch == [0, 1]
-
-
-def test_killed_training_goes_on_as_if_nothing_had_happened(tmp_path):
-    program = Path(__file__).with_name("resumable_run.py")
-    delays = [random.uniform(0.0, 0.5) for _ in range(2)]
-
-    def run_and_kill(kind):
-        folder = tmp_path / kind
-        folder.mkdir()
-        num_kills = 0
-        for delay in [*delays, None]:
-            process = subprocess.Popen([sys.executable, program, kind, folder], stderr=subprocess.PIPE)
-            try:
-                if delay is not None:
-                    before = newest_backup(folder)
-                    while process.poll() is None and newest_backup(folder) == before:
-                        time.sleep(0.01)
-                    time.sleep(delay)
-                    process.send_signal(signal.SIGKILL)
-                _, errors = process.communicate(timeout=300)
-            finally:
-                process.kill()
-            num_kills += process.returncode == -signal.SIGKILL
-            if process.returncode == 0:
-                break
-        assert process.returncode == 0, errors.decode()
-        return num_kills, np.load(folder / "result.npz")
-
-    with ThreadPoolExecutor() as executor:
-        results = dict(zip(KINDS, executor.map(run_and_kill, KINDS), strict=True))
-    for kind, (num_kills, result) in results.items():
-        assert num_kills > 0, delays
-        history, expected_state = resumable_run.train(kind, [])
-        assert len(result["epochs"]) < resumable_run.EPOCHS, delays
-        for name, values in history.history.items():
-            assert result[name].tolist() == values[result["epochs"][0] :], delays
-        assert_equal_states([result[f"arr_{index}"] for index in range(len(expected_state))], expected_state)
-
-
-def newest_backup(folder):
-    weights = folder / "backup" / "latest.weights.h5"
-    return weights.stat().st_mtime_ns if weights.exists() else None
+@pytest.mark.parametrize("num_points", [1, 256, 258])  # less than a batch, and more than are put in order in one go
+def test_arrays_without_shuffle_stay_in_order(num_points):
+    model = make_model("DDE", run_eagerly=True)
+    batches = record_batches(model)
+    x = normal(num_points, 2)
+    model.fit(x, batch_size=2, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(np.concatenate(batches), x[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -333,6 +256,12 @@ def full_disk(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def contents(path):
+    if path.is_dir():
+        return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    return path.read_bytes()
+
+
 WRITERS = {
     "model.keras": lambda model, path: model.save(path),
     "folder": lambda model, path: model.save(path, zipped=False),
@@ -347,7 +276,7 @@ def test_a_full_disk_leaves_the_old_file(name, tmp_path):
     model, path = make_model("EGM"), tmp_path / name
     WRITERS[name](model, path)
     before = contents(path)
-    model.fit(normal(8, 2), verbose=0)
+    model.train_on_batch(normal(8, 2))
     for num_bytes in (0, 3000):
         with full_disk(num_bytes), pytest.raises((OSError, RuntimeError, tf.errors.OpError)):
             WRITERS[name](model, path)
@@ -357,27 +286,25 @@ def test_a_full_disk_leaves_the_old_file(name, tmp_path):
     assert (contents(path) != before) == (name != "picture.gif")
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_missing_files_and_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write model\.keras to"):
         make_model("DDE").save(tmp_path / "nowhere" / "model.keras")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.keras"):
+        EGM.load(tmp_path / "nothing.keras")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loaded_model_goes_on_like_the_saved_one(kind, tmp_path):
-    model = make_model(kind)
-    data, options = DATA["array"]()
-    model.fit(data, epochs=1, verbose=0, **options)
+    model, restored = make_model(kind), make_model(kind)
+    fit(model, "array", epochs=1)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
     loaded = type(model).load(tmp_path / "model.keras")
-    restored = make_model(kind)
     restored.load_weights(tmp_path / "model.weights.h5")
-    assert_equal_states(state(model), state(loaded))
-    assert_equal_states(state(model), state(restored))
+    assert_equal_states(model, loaded, restored)
     for each in (model, loaded, restored):
-        each.fit(data, initial_epoch=1, epochs=2, verbose=0, **options)
-    assert_equal_states(state(model), state(loaded))
-    assert_equal_states(state(model), state(restored))
+        fit(each, "array", initial_epoch=1, epochs=2)
+    assert_equal_states(model, loaded, restored)
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -448,47 +375,33 @@ def test_own_networks_train_and_are_saved(kind, in_range, tmp_path):
         )
     egm.save(tmp_path / "egm.keras")
     loaded = EGM.load(tmp_path / "egm.keras")
-    assert_equal_states(state(egm), state(loaded))
+    assert_equal_states(egm, loaded)
     for each in (egm, loaded):
         each.fit(normal(10, 2), batch_size=4, verbose=0)
-    assert_equal_states(state(egm), state(loaded))
+    assert_equal_states(egm, loaded)
     np.testing.assert_array_equal(egm.sample(5, seed=0), loaded.sample(5, seed=0))
     x = normal(7, 2)
     np.testing.assert_array_equal(egm.dde_real.log_density(x), loaded.dde_real.log_density(x))
 
 
-@pytest.mark.parametrize("in_range", [False, True], ids=["one level", "range"])
-def test_an_exported_dde_serves_log_density_and_score(in_range, tmp_path):
-    dde = make_model("DDE", (0.2, 1.5) if in_range else 0.3)
-    dde.export(tmp_path / "dde", verbose=False)
-    served = tf.saved_model.load(tmp_path / "dde")
-    for n_points in (1, 5):
-        x = normal(n_points, 2)
-        for expected, given in zip(dde(x), served.serve(x), strict=True):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_model_serves_what_calling_it_returns(kind, tmp_path):
+    model = make_model(kind)
+    model.export(tmp_path / "exported", verbose=False)  # it was never called
+    serve = tf.saved_model.load(tmp_path / "exported").serve
+    for num_points in (1, 5):
+        x = normal(num_points, 2)
+        for expected, given in zip(tf.nest.flatten(model(x)), tf.nest.flatten(serve(x)), strict=True):
             np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
-        if in_range:
-            levels = np.linspace(0.3, 1.2, n_points).astype(np.float32)
-            for expected, given in zip(dde(x, noise_std=levels), served.serve_level(x, levels), strict=True):
-                np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_exported_egm_serves_samples_and_densities(tmp_path):
-    egm = make_model("EGM")
-    egm.fit(normal(8, 2), verbose=0)
-    egm.export(tmp_path / "egm", verbose=False)
-    served = tf.saved_model.load(tmp_path / "egm")
-    z, x = normal(5, 2), normal(4, 2)
-    np.testing.assert_allclose(served.serve(z), egm(z), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(served.sample(6, 9), egm.sample(6, seed=9), rtol=1e-5, atol=1e-6)
-    for expected, given in zip(egm.dde_real(x), served.log_density_and_score(x), strict=True):
-        np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_export_knows_its_limits(tmp_path):
-    with pytest.raises(ValueError, match="no options but verbose, got \\['input_signature'\\]"):
-        make_model("DDE").export(tmp_path / "dde", input_signature=[])
-    with pytest.raises(ValueError, match="does not know the shape of its points"):
-        DDE(OwnEnergyNet(), 0.3).export(tmp_path / "dde")
+def test_export_takes_the_options_of_keras(tmp_path):
+    dde = DDE(own_networks("subclass", True)[0], (0.2, 1.5))
+    dde.export(tmp_path / "dde", verbose=False, input_signature=[tf.TensorSpec((3, 2))])
+    serve = tf.saved_model.load(tmp_path / "dde").serve
+    assert [tuple(part.shape) for part in serve(normal(3, 2))] == [(3, 1), (3, 2)]
+    with pytest.raises(ValueError, match="not yet been built"):
+        DDE(OwnEnergyNet(), 0.3).export(tmp_path / "unknown")
 
 
 @pytest.fixture(scope="module")
@@ -529,14 +442,3 @@ def test_damaged_files_are_refused(damage, whole_file, tmp_path):
     message = "holds a Sequential, not a DDE" if damage == "other" else r"damaged\.keras is"
     with pytest.raises(ValueError, match=message):
         DDE.load(path)
-
-
-def test_a_missing_file_is_said_to_be_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.keras"):
-        EGM.load(tmp_path / "nothing.keras")
-
-
-def contents(path):
-    if path.is_dir():
-        return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
-    return path.read_bytes()
