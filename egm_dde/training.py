@@ -228,7 +228,7 @@ class Trainable(keras.Model):
         try:
             yield
         except tf.errors.InvalidArgumentError as error:
-            found = re.search(r"(\S[^\n]*) is not finite", error.message)
+            found = re.search(r"([^\s:}][^\n:}]*) is not finite", error.message)
             if not found:
                 raise
             raise not_finite(found[1], self.num_steps) from error

@@ -1,4 +1,4 @@
-"""Train on two devices and on one, and print how the results compare: the program that a test runs.
+"""Train on two devices and print what came of it: the program that tests run.
 
 It is a program of its own because devices are set up before TensorFlow starts, and because collective operations of a
 second strategy in one process would meet those of the first.
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,124 +18,162 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import energy_models
+from egm_dde import draws
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from utils import sample_2d_data
 
-NUM_POINTS = 203  # the last batch has three points, and one device two of them
+NUM_POINTS, BATCH_SIZE = 203, 50
+DRAW_KEY = draws.draw_key
 
 
-def make_model(kind, noise_std, optimizer=keras.optimizers.SGD):
+def make_model(kind, noise_std=(0.2, 1.5), gen_learning_rate=0.05):
     def make_dde(seed):
-        return DDE(
-            build_energy_net(2, isinstance(noise_std, tuple), (8,), num_features=4, seed=seed), noise_std, seed=5
-        )
+        net = build_energy_net(2, isinstance(noise_std, tuple), (8,), num_features=4, seed=seed)
+        return DDE(net, noise_std, seed=5)
 
+    sgd = keras.optimizers.SGD
     if kind == "DDE":
         model = make_dde(1)
-        model.compile(optimizer(0.05))
+        model.compile(sgd(0.05))
     else:
         generator = build_generator(widths=(8,), num_features=4, seed=3)
-        model = EGM(make_dde(1), make_dde(2), generator, dde_steps=2, seed=6)
-        model.compile(optimizer(0.05), optimizer(0.05))
+        model = EGM(make_dde(1), make_dde(2), generator, dde_steps=1, seed=6)
+        model.compile(sgd(0.05), sgd(gen_learning_rate))
     return model
-
-
-def compare(kind, noise_std, strategy, x):
-    one = make_model(kind, noise_std)
-    with strategy.scope():
-        two = make_model(kind, noise_std)
-    start = one.get_weights()
-    histories = [model.fit(x, batch_size=50, epochs=2, verbose=0).history for model in (one, two)]
-    evaluations = [model.evaluate(x, verbose=0, batch_size=50, return_dict=True) for model in (one, two)]
-    return {
-        "moved": largest_difference(start, one.get_weights()),
-        "weights": largest_difference(one.get_weights(), two.get_weights()),
-        "losses": max(largest_difference(histories[0][name], histories[1][name]) for name in histories[0]),
-        "evaluations": max(abs(evaluations[0][name] - evaluations[1][name]) for name in evaluations[0]),
-    }
 
 
 def largest_difference(arrays, others):
     return max(float(np.abs(np.subtract(array, other)).max()) for array, other in zip(arrays, others, strict=True))
 
 
-def compare_noise(strategy):
-    """Whether the two devices draw different halves of what one device would draw."""
-    dde = make_model("DDE", (0.2, 1.5))
-    key = tf.constant([3, 4], tf.uint64)
+def compare_step(strategy, x, network, kind, *options):
+    """Difference of a step from the mean of the steps that each device alone would take on its half of the batch."""
+    with strategy.scope():
+        model = make_model(kind, *options)
+    start = network(model).get_weights()
+    logs = model.fit(x[:BATCH_SIZE], batch_size=BATCH_SIZE, shuffle=False, verbose=0).history
+    ends, losses = [], []
+    for replica, half in enumerate(np.split(x[:BATCH_SIZE], 2)):
 
-    @tf.function
-    def draw():
-        def draw_part():
-            x = tf.zeros((5, 2))
-            return tf.concat(dde.add_noise(x, key, energy_models._Part(tf.shape(x)[0])), axis=-1)
+        def draw_key(*purpose, replica=replica):
+            return tf.random.fold_in(DRAW_KEY(*purpose), tf.constant(replica, tf.int64), alg="philox")
 
-        return strategy.run(draw_part)
-
-    first, second = (part.numpy() for part in strategy.experimental_local_results(draw()))
-    whole = tf.concat(dde.add_noise(tf.zeros((10, 2)), key), axis=-1)
+        with mock.patch.object(draws, "draw_key", draw_key):
+            alone = make_model(kind, *options)
+            losses.append(alone.train_on_batch(half, return_dict=True))
+        ends.append(network(alone).get_weights())
+    name = "loss" if kind == "DDE" else "loss_dde_real"
     return {
-        "whole": float(np.abs(np.concatenate([first, second]) - whole).max()),
-        "smallest difference": float(np.abs(first - second).min()),
+        "moved": largest_difference(start, network(model).get_weights()),
+        "replicas": largest_difference(*ends),
+        "weights": largest_difference(
+            network(model).get_weights(), [np.mean(pair, 0) for pair in zip(*ends, strict=True)]
+        ),
+        "losses": abs(logs[name][0] - np.mean([each[name] for each in losses])),
+    }
+
+
+def compare_replicas(strategy, x):
+    """Largest difference of the weights between the devices after training."""
+    with strategy.scope():
+        model = make_model("EGM")
+    start = model.get_weights()
+    model.fit(x, batch_size=BATCH_SIZE, epochs=3, verbose=0)
+    copies = strategy.run(lambda: [tf.identity(weight) for weight in model.weights])
+    copies = [[part.numpy() for part in strategy.experimental_local_results(copy)] for copy in copies]
+    return {
+        "moved": largest_difference(start, model.get_weights()),
+        "difference": largest_difference(*zip(*copies, strict=True)),
+        "steps": model.num_steps,
+        "evaluation": np.isfinite(list(model.evaluate(x, return_dict=True, verbose=0).values())).all().item(),
     }
 
 
 def resume(strategy, x):
-    """Difference of an interrupted and restored run on two devices from an uninterrupted one on one device."""
+    """Difference of an interrupted and restored run, and of its file, from an uninterrupted one."""
 
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
                 raise KeyboardInterrupt
 
-    one = make_model("EGM", (0.2, 1.5))
-    one.fit(x, batch_size=50, epochs=3, verbose=0)
+    def make():
+        with strategy.scope():
+            return make_model("EGM")
+
+    options = {"batch_size": BATCH_SIZE, "epochs": 3, "verbose": 0}
+    expected = make()
+    expected.fit(x, **options)
     with tempfile.TemporaryDirectory() as folder:
-        for callbacks in ([Interrupt()], []):
-            with strategy.scope():
-                two = make_model("EGM", (0.2, 1.5))
-            backup = keras.callbacks.BackupAndRestore(Path(folder) / "backup")
-            try:
-                history = two.fit(x, batch_size=50, epochs=3, verbose=0, callbacks=[backup, *callbacks])
-            except KeyboardInterrupt:
-                pass
-        two.save(Path(folder) / "two.keras")
-        loaded = EGM.load(Path(folder) / "two.keras")
+        backup = keras.callbacks.BackupAndRestore(Path(folder) / "backup")
+        try:
+            make().fit(x, callbacks=[backup, Interrupt()], **options)
+        except KeyboardInterrupt:
+            restored = make()
+        epochs = restored.fit(x, callbacks=[backup], **options).epoch
+        restored.save(Path(folder) / "model.keras")
+        loaded = EGM.load(Path(folder) / "model.keras")
     return {
-        "epochs": history.epoch,
-        "weights": largest_difference(one.get_weights(), two.get_weights()),
-        "file": largest_difference(two.get_weights(), loaded.get_weights()),
+        "epochs": epochs,
+        "weights": largest_difference(expected.get_weights(), restored.get_weights()),
+        "file": largest_difference(restored.get_weights(), loaded.get_weights()),
     }
 
 
 def refuse(strategy, x):
     """What is said of options that fail on several devices, and of training that diverges."""
+    with strategy.scope():
+        model = make_model("DDE")
     messages = []
-    for options in ({"jit_compile": True}, {"steps_per_execution": 2}):
-        with strategy.scope():
-            model = make_model("DDE", 0.3)
-            try:
-                model.compile(**options)
-            except ValueError as error:
-                messages.append(str(error))
+
+    def note(error_class, method, *arguments, **options):
+        try:
+            method(*arguments, **options)
+        except error_class as error:
+            messages.append(str(error))
+
+    with strategy.scope():
+        note(ValueError, model.compile, jit_compile=True)
+        note(ValueError, model.compile, steps_per_execution=2)
+    note(ValueError, model.fit, x, batch_size=51)
+    note(ValueError, model.fit, x, batch_size=204)
+    x = x.copy()
     x[60, 1] = np.nan
-    try:
-        model.fit(tf.data.Dataset.from_tensor_slices(x).batch(50), verbose=0)
-    except FloatingPointError as error:
-        messages.append(str(error))
-    return {"messages": messages, "finite": all(bool(np.isfinite(weight).all()) for weight in model.get_weights())}
+    batches = tf.data.Dataset.from_tensor_slices(x).batch(BATCH_SIZE)
+    note(FloatingPointError, model.fit, batches, verbose=0)
+    return {"messages": messages, "finite": all(np.isfinite(weight).all().item() for weight in model.get_weights())}
+
+
+def learn_gaussian(strategy):
+    """Share of the score of a Gaussian that a DDE gets wrong, trained on one device and on two."""
+    covariance = np.array([[1.0, 0.6], [0.6, 0.8]])
+    x = np.random.default_rng(1).multivariate_normal([0.0, 0.0], covariance, 5_000).astype(np.float32)
+    exact = -x @ np.linalg.inv(covariance + 0.3**2 * np.eye(2))
+    errors = []
+    for scope in (tf.distribute.get_strategy().scope(), strategy.scope()):
+        with scope:
+            dde = DDE(build_energy_net(2, False, (32, 32), seed=0), 0.3, seed=1)
+            dde.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(5e-3, 500)))
+        dde.fit(x, batch_size=500, epochs=50, verbose=0)
+        errors.append(float(np.mean((dde.score(x) - exact) ** 2) / np.mean(exact**2)))
+    return errors
 
 
 if __name__ == "__main__":
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    x = sample_2d_data("8gaussians", NUM_POINTS, rng=0)
-    results = {
-        f"{kind} {noise_std}": compare(kind, noise_std, strategy, x)
-        for kind in ("DDE", "EGM")
-        for noise_std in (0.3, (0.2, 1.5))
-    }
-    results |= {"noise": compare_noise(strategy), "resumed": resume(strategy, x), "refused": refuse(strategy, x)}
+    x = np.random.default_rng(0).standard_normal((NUM_POINTS, 2)).astype(np.float32)
+    if sys.argv[1:] == ["gaussian"]:
+        results = learn_gaussian(strategy)
+    else:
+        results = {
+            "DDE": compare_step(strategy, x, lambda model: model, "DDE"),
+            "DDE of one level": compare_step(strategy, x, lambda model: model, "DDE", 0.3),
+            "dde_real": compare_step(strategy, x, lambda model: model.dde_real, "EGM"),
+            "generator": compare_step(strategy, x, lambda model: model.generator, "EGM"),
+            "dde_fake": compare_step(strategy, x, lambda model: model.dde_fake, "EGM", (0.2, 1.5), 0.0),
+            "replicas": compare_replicas(strategy, x),
+            "resumed": resume(strategy, x),
+            "refused": refuse(strategy, x),
+        }
     print(json.dumps(results))
