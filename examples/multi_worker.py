@@ -1,4 +1,4 @@
-"""Train the generative model on several machines, which share out every batch: the result is that of one machine.
+"""Train the generative model on several machines, which share out every batch and average their gradients.
 
 Start it on each of them, with addresses that all of them reach and a folder that all of them see:
 
@@ -75,7 +75,7 @@ def train(strategy, arguments):
 
 def check_equal(strategy, value, what):
     """Raise ValueError unless a value is the same on all workers."""
-    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
+    number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7], "big")
     if len(set(strategy.gather(tf.constant([number], tf.int64), axis=0).numpy())) > 1:
         raise ValueError(f"the workers have different {what}")
 

