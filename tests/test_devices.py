@@ -15,28 +15,48 @@ def run(*arguments):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+FAST, SLOW = ["DDE", "EGM", "refused"], ["DDE of one level", "dde_fake", "replicas", "resumed"]
+
+
 @pytest.fixture(scope="module")
 def results():
-    return run()
+    return run(*FAST)
 
 
-@pytest.mark.parametrize("network", ["DDE", "DDE of one level", "dde_real", "generator", "dde_fake"])
-def test_a_step_is_the_mean_of_those_that_each_device_would_take(network, results):
-    assert results[network]["moved"] > 1e-3
-    assert results[network]["replicas"] > 1e-4  # each has points and noise of its own
-    assert results[network]["weights"] < 1e-6
-    assert results[network]["losses"] < 1e-5
+@pytest.fixture(scope="module")
+def slow_results():
+    return run(*SLOW)
 
 
-def test_weights_stay_equal_and_incomplete_batches_are_left_out(results):
-    assert results["replicas"]["moved"] > 0.01
-    assert results["replicas"]["difference"] == 0.0
-    assert results["replicas"]["steps"] == 3 * 4  # of 203 points in batches of 50
-    assert results["replicas"]["evaluation"]
+@pytest.mark.parametrize("case", ["DDE", "EGM"])
+def test_a_step_is_the_mean_of_those_that_each_device_would_take(case, results):
+    check_step(results[case])
 
 
-def test_training_on_two_devices_is_restored_exactly(results):
-    assert results["resumed"] == {"epochs": [2], "weights": 0.0, "file": 0.0}
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["DDE of one level", "dde_fake"])
+def test_so_is_the_step_of_every_network(case, slow_results):
+    check_step(slow_results[case])
+
+
+def check_step(result):
+    assert result["moved"] > 1e-3
+    assert result["replicas"] > 1e-4  # each has points and noise of its own
+    assert result["weights"] < 1e-6
+    assert result["losses"] < 1e-5
+
+
+@pytest.mark.slow
+def test_weights_stay_equal_and_incomplete_batches_are_left_out(slow_results):
+    assert slow_results["replicas"]["moved"] > 0.01
+    assert slow_results["replicas"]["difference"] == 0.0
+    assert slow_results["replicas"]["steps"] == 3 * 4  # of 203 points in batches of 50
+    assert slow_results["replicas"]["evaluation"]
+
+
+@pytest.mark.slow
+def test_training_on_two_devices_is_restored_exactly(slow_results):
+    assert slow_results["resumed"] == {"epochs": [2], "weights": 0.0, "file": 0.0}
 
 
 def test_what_fails_on_several_devices_is_refused(results):
@@ -51,6 +71,6 @@ def test_what_fails_on_several_devices_is_refused(results):
 
 @pytest.mark.slow
 def test_two_devices_learn_a_gaussian_as_well_as_one():
-    one, two = run("gaussian")
+    one, two = run("gaussian")["gaussian"]
     assert max(one, two) < 0.02
     assert two < 2 * one + 0.002

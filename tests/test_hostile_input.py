@@ -10,13 +10,10 @@ import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
 from keras.optimizers import SGD, Adam
+from small_models import assert_equal_arrays, normal
 
+from egm_dde.checks import check_points
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from egm_dde.training import check_points
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def make_dde(learning_rate=0.01, **options):
@@ -45,25 +42,20 @@ class Nothing:
 
 
 BAD_DATA = {
-    "None": (None, "got x=None"),
+    "None": (None, "must be an array or batches of points, got a NoneType"),
     "NaN": (with_entry(np.nan), r"NaN.* in 1 of 6 points, first at index 2: \["),
     "infinity": (with_entry(-np.inf, row=4), "first at index 4"),
     "too large for float32": (np.full((6, 2), 1e39), "too large for float32 in 6 of 6"),
     "too large for its noise": (normal(6, 2) + 1e8, r"lie 8 apart, too far for a noise_std of 0\.3: subtract the mean"),
-    "integers too large": (np.full((6, 2), 2**40), "subtract the mean"),
     "no points": (np.zeros((0, 2)), r"at least one point, got shape \(0, 2\)"),
     "a number": (1.0, r"must have shape \(n, 2\), got \(\)"),
-    "a scalar array": (np.array(1.0), r"must have shape \(n, 2\), got \(\)"),
     "a vector": (normal(6), r"must have shape \(n, 2\), got \(6,\)"),
-    "a matrix too many": (normal(6, 2, 1), r"must have shape \(n, 2\), got \(6, 2, 1\)"),
     "another dimension": (normal(6, 3), r"must have shape \(n, 2\), got \(6, 3\)"),
     "two arrays": ([normal(6, 2), normal(6, 2)], r"must have shape \(n, 2\), got \(2, 6, 2\)"),
     "ragged lists": ([[1.0, 2.0], [3.0]], "must be an array of points"),
     "text": (np.array([["a", "b"]]), "must be real numbers .* got <U1"),
-    "objects": (np.array([[None, 1.0]]), "must be real numbers .* got object"),
     "booleans": (np.ones((6, 2), bool), "must be real numbers .* got bool"),
     "complex numbers": (np.ones((6, 2), complex), "must be real numbers .* got complex128"),
-    "dates": (np.zeros((6, 2), "M8[s]"), "must be real numbers"),
     "a dict": ({"x": normal(6, 2)}, "must be an array or batches of points, got a dict"),
     "an object": (Nothing(), "must be an array or batches of points, got a Nothing"),
     "an empty dataset": (tf.data.Dataset.from_tensor_slices(np.zeros((0, 2))).batch(2), "at least one batch"),
@@ -77,43 +69,54 @@ BAD_DATA = {
 }
 
 
+@pytest.fixture(name="models", scope="module")
+def models_fixture():
+    return [make_dde(), make_egm()]
+
+
 @pytest.mark.parametrize("name", BAD_DATA)
-@pytest.mark.parametrize("make_model", [make_dde, make_egm])
-def test_bad_data_are_refused_and_change_nothing(make_model, name):
-    if make_model is make_egm and name in ("too large for its noise",):
-        pytest.skip("its message names another noise")
+def test_bad_data_are_refused_and_change_nothing(name, models):
     x, message = BAD_DATA[name]
-    model = make_model()
-    before = model.get_weights()
-    with pytest.raises(ValueError, match=message):
-        model.fit(x, verbose=0)
-    for weight, old in zip(model.get_weights(), before, strict=True):
-        np.testing.assert_array_equal(weight, old)
+    for model in models[: 1 if name == "too large for its noise" else 2]:  # the EGM has another noise
+        before = model.get_weights()
+        with pytest.raises(ValueError, match=message):
+            model.fit(x, verbose=0)
+        assert_equal_arrays(model.get_weights(), before)
 
 
 @pytest.mark.parametrize("name", ["NaN", "no points", "another dimension", "text", "too large for its noise"])
-def test_bad_data_are_refused_everywhere(name):
+def test_bad_data_are_refused_everywhere(name, models):
     x, message = BAD_DATA[name]
     with pytest.raises(ValueError, match=message):
-        make_dde().evaluate(x, verbose=0)
+        models[0].evaluate(x, verbose=0)
     with pytest.raises(ValueError, match="validation_data"):
-        make_dde().fit(normal(6, 2), validation_data=x, verbose=0)
+        models[0].fit(normal(6, 2), validation_data=x, verbose=0)
 
 
-def test_bad_batches_stop_training_at_their_step():
-    batches = [normal(4, 2) for _ in range(5)]
-    batches[3][1, 0] = np.nan
-    for make_model in (make_dde, make_egm):
-        model, reference = make_model(), make_model()
-        with pytest.raises(FloatingPointError, match=r"the batch of data is not finite.* stopped at step 4"):
-            model.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches)), verbose=0)
-        reference.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches[:3])), verbose=0)
-        for weight, last_good in zip(model.get_weights(), reference.get_weights(), strict=True):
-            np.testing.assert_array_equal(weight, last_good)
+OPTIONS = [{}, {"jit_compile": True}, {"steps_per_execution": 3}, {"run_eagerly": True}]
+WAYS = [(make_dde, options) for options in OPTIONS] + [
+    pytest.param(make_egm, options, marks=pytest.mark.slow if options else ()) for options in OPTIONS
+]
 
 
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=str)
-@pytest.mark.parametrize("make_model", [make_dde, make_egm])
+@pytest.mark.parametrize(("make_model", "options"), WAYS)
+def test_bad_batches_stop_training_at_their_step(make_model, options):
+    batches = normal(6, 4, 2)
+    batches[3, 1, 0] = np.nan
+    model, reference = make_model(**options), make_model(**options)
+    reference.fit(tf.data.Dataset.from_tensor_slices(batches[:3]), verbose=0)
+    compiled_egm = make_model is make_egm and "jit_compile" in options
+    step = r"\d" if compiled_egm else "4"
+    with pytest.raises(
+        FloatingPointError, match=f"is not finite: training has stopped at step {step}, and the weights"
+    ):
+        model.fit(tf.data.Dataset.from_tensor_slices(batches), verbose=0)
+    if compiled_egm:  # the networks that do not meet the bad points make the step
+        model, reference = model.dde_real, reference.dde_real
+    assert_equal_arrays(model.get_weights(), reference.get_weights())
+
+
+@pytest.mark.parametrize(("make_model", "options"), WAYS)
 def test_diverging_training_stops_with_finite_weights(make_model, options):
     model = make_model(learning_rate=1e18, **options)
     with pytest.raises(FloatingPointError, match=r"is not finite: training has stopped at step \d+, and the weights"):
@@ -146,24 +149,24 @@ def test_terminate_on_nan_ends_quietly_what_xla_cannot_stop():
         ({"steps_per_epoch": -1}, "steps_per_epoch must be an integer of at least 1, got -1"),
         ({"sample_weight": np.ones(6)}, "sample_weight are not supported"),
         ({"class_weight": {0: 1.0}}, "class_weight and sample_weight are not supported"),
-        ({"validation_split": 1.0}, "validation_split must be at least 0 and less than 1, got 1.0"),
-        ({"validation_split": -0.5}, "validation_split must be at least 0 and less than 1, got -0.5"),
+        ({"validation_split": 1.0}, "validation_split must be .* at least 0 and less than 1, got 1.0"),
+        ({"validation_split": -0.5}, "validation_split must be .* at least 0 and less than 1, got -0.5"),
     ],
     ids=str,
 )
-def test_bad_options_of_fit_are_refused(options, message):
+def test_bad_options_of_fit_are_refused(options, message, models):
     with pytest.raises(ValueError, match=message):
-        make_dde().fit(normal(6, 2), verbose=0, **options)
+        models[0].fit(normal(6, 2), verbose=0, **options)
 
 
-def test_batches_with_weights_are_refused():
+def test_batches_with_weights_are_refused(models):
     x = normal(6, 2)
     batches = tf.data.Dataset.from_tensors((x, np.zeros(6), np.ones(6)))
-    for make_model in (make_dde, make_egm):
+    for model in models:
         with pytest.raises(ValueError, match="weights are not supported"):
-            make_model().fit(batches, verbose=0)
+            model.fit(batches, verbose=0)
         with pytest.raises(ValueError, match="sample_weight is not supported"):
-            make_model().evaluate(x, sample_weight=np.ones(6), verbose=0)
+            model.evaluate(x, sample_weight=np.ones(6), verbose=0)
 
 
 def test_targets_are_ignored():
@@ -177,7 +180,7 @@ def test_targets_are_ignored():
             np.testing.assert_allclose(weight, same, rtol=1e-5, atol=1e-8)  # other shapes are known to the graph
 
 
-def test_training_and_export_need_compile_and_shapes():
+def test_training_needs_compile():
     net = build_energy_net()
     for model in (DDE(net, 0.1), EGM(DDE(net, 0.1), DDE(build_energy_net(), 0.1), build_generator())):
         with pytest.raises(ValueError, match=r"call compile\(\) before fit\(\): this (DDE|EGM) has no optimizer"):
@@ -186,9 +189,8 @@ def test_training_and_export_need_compile_and_shapes():
 
 @pytest.mark.parametrize("option", ["loss", "metrics"])
 def test_losses_are_built_in(option):
-    for make_model in (make_dde, make_egm):
-        with pytest.raises(ValueError, match=f"{option} cannot be given"):
-            make_model(**{option: ["mse"]})
+    with pytest.raises(ValueError, match=f"{option} cannot be given"):
+        make_dde(**{option: ["mse"]})
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -201,23 +203,15 @@ def net_with(*layers):
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda: keras.layers.Dense(4, "relu"),
-        lambda: keras.layers.Dense(4, "leaky_relu"),
-        lambda: keras.layers.Dense(4, "relu6"),
-        lambda: keras.layers.Dense(4, "hard_tanh"),
-        lambda: keras.layers.Dense(4, "hard_sigmoid"),
-        lambda: keras.layers.Dense(4, activation=lambda x: keras.ops.maximum(x, 0.3 * x)),
-        lambda: keras.layers.Activation("relu"),
-        keras.layers.ReLU,
-        keras.layers.LeakyReLU,
-        keras.layers.PReLU,
-        lambda: keras.Sequential([keras.layers.Dense(4, "relu")]),
+        *(keras.layers.Dense(4, name) for name in ("relu", "leaky_relu", "relu6", "hard_tanh", "hard_sigmoid")),
+        *(keras.layers.ReLU(), keras.layers.LeakyReLU(), keras.layers.PReLU(), keras.layers.Activation("relu")),
+        keras.Sequential([keras.layers.Dense(4, "relu")]),
     ],
-    ids=range(11),
+    ids=lambda layer: layer.name,
 )
 def test_piecewise_linear_energy_nets_are_warned_of(layer):
     with pytest.warns(UserWarning, match="piecewise linear: the score .* use a smooth activation such as tanh"):
-        DDE(net_with(layer()), 0.1)
+        DDE(net_with(layer), 0.1)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu", "gelu", "softplus", "elu", "sigmoid", "exponential", None])
@@ -250,19 +244,17 @@ def test_layers_that_differ_in_training_do():
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("head", "message"),
     [
-        (lambda h: keras.layers.Dense(10)(h), r"one number a point, shape \(batch, 1\); got shape"),
         (lambda h: [keras.layers.Dense(1)(h), keras.layers.Dense(1)(h)], r"must have 1 output\(s\).* got 2"),
-        (lambda h: keras.layers.Flatten()(h)[:, 0], r"one number a point"),
+        (lambda h: h[:, 0], r"one number a point"),
     ],
-    ids=["ten", "two", "no axis"],
+    ids=["two", "no axis"],
 )
-def test_networks_with_other_outputs_are_refused(output, message):
+def test_networks_with_other_outputs_are_refused(head, message):
     x = keras.Input((2,))
-    net = keras.Model(x, output(keras.layers.Dense(3, "tanh")(x)))
     with pytest.raises(ValueError, match=message):
-        DDE(net, 0.1)
+        DDE(keras.Model(x, head(x)), 0.1)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "float16"])

@@ -1,4 +1,4 @@
-"""Train on two devices and print what came of it: the program that tests run.
+"""Train on two devices and print what came of it: the program that tests run, with the names of the cases.
 
 It is a program of its own because devices are set up before TensorFlow starts, and because collective operations of a
 second strategy in one process would meet those of the first.
@@ -45,11 +45,15 @@ def largest_difference(arrays, others):
     return max(float(np.abs(np.subtract(array, other)).max()) for array, other in zip(arrays, others, strict=True))
 
 
-def compare_step(strategy, x, network, kind, *options):
+def weights_of(*names):
+    return lambda model: [weight for name in names for weight in getattr(model, name).get_weights()]
+
+
+def compare_step(strategy, x, weights, kind, *options):
     """Difference of a step from the mean of the steps that each device alone would take on its half of the batch."""
     with strategy.scope():
         model = make_model(kind, *options)
-    start = network(model).get_weights()
+    start = weights(model)
     logs = model.fit(x[:BATCH_SIZE], batch_size=BATCH_SIZE, shuffle=False, verbose=0).history
     ends, losses = [], []
     for replica, half in enumerate(np.split(x[:BATCH_SIZE], 2)):
@@ -60,14 +64,12 @@ def compare_step(strategy, x, network, kind, *options):
         with mock.patch.object(draws, "draw_key", draw_key):
             alone = make_model(kind, *options)
             losses.append(alone.train_on_batch(half, return_dict=True))
-        ends.append(network(alone).get_weights())
+        ends.append(weights(alone))
     name = "loss" if kind == "DDE" else "loss_dde_real"
     return {
-        "moved": largest_difference(start, network(model).get_weights()),
+        "moved": largest_difference(start, weights(model)),
         "replicas": largest_difference(*ends),
-        "weights": largest_difference(
-            network(model).get_weights(), [np.mean(pair, 0) for pair in zip(*ends, strict=True)]
-        ),
+        "weights": largest_difference(weights(model), [np.mean(pair, 0) for pair in zip(*ends, strict=True)]),
         "losses": abs(logs[name][0] - np.mean([each[name] for each in losses])),
     }
 
@@ -163,17 +165,15 @@ if __name__ == "__main__":
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     x = np.random.default_rng(0).standard_normal((NUM_POINTS, 2)).astype(np.float32)
-    if sys.argv[1:] == ["gaussian"]:
-        results = learn_gaussian(strategy)
-    else:
-        results = {
-            "DDE": compare_step(strategy, x, lambda model: model, "DDE"),
-            "DDE of one level": compare_step(strategy, x, lambda model: model, "DDE", 0.3),
-            "dde_real": compare_step(strategy, x, lambda model: model.dde_real, "EGM"),
-            "generator": compare_step(strategy, x, lambda model: model.generator, "EGM"),
-            "dde_fake": compare_step(strategy, x, lambda model: model.dde_fake, "EGM", (0.2, 1.5), 0.0),
-            "replicas": compare_replicas(strategy, x),
-            "resumed": resume(strategy, x),
-            "refused": refuse(strategy, x),
-        }
+    cases = {
+        "DDE": lambda: compare_step(strategy, x, weights_of("net"), "DDE"),
+        "DDE of one level": lambda: compare_step(strategy, x, weights_of("net"), "DDE", 0.3),
+        "EGM": lambda: compare_step(strategy, x, weights_of("dde_real", "generator", "average_generator"), "EGM"),
+        "dde_fake": lambda: compare_step(strategy, x, weights_of("dde_fake"), "EGM", (0.2, 1.5), 0.0),
+        "replicas": lambda: compare_replicas(strategy, x),
+        "resumed": lambda: resume(strategy, x),
+        "refused": lambda: refuse(strategy, x),
+        "gaussian": lambda: learn_gaussian(strategy),
+    }
+    results = {case: cases[case]() for case in sys.argv[1:]}
     print(json.dumps(results))
