@@ -138,10 +138,11 @@ ROWS = {
 }
 
 
-FAST_FOR_EGM = ("CSVLogger", "ModelCheckpoint", "steps_per_execution that leaves a rest", "validation_data")
-CASES = [("DDE", name) for name in ROWS] + [
-    pytest.param("EGM", name, marks=[] if name in FAST_FOR_EGM else pytest.mark.slow) for name in ROWS
-]
+FAST_FOR_EGM = ("CSVLogger", "ModelCheckpoint", "steps_per_execution that leaves a rest")
+SLOW_FOR_DDE = ("steps_per_execution", "steps_per_execution longer than an epoch", "verbose", "TerminateOnNaN")
+SLOW_FOR_DDE += ("validation_data with targets", "validation_data in batches", "run_eagerly")
+CASES = [pytest.param("DDE", name, marks=pytest.mark.slow if name in SLOW_FOR_DDE else ()) for name in ROWS]
+CASES += [pytest.param("EGM", name, marks=() if name in FAST_FOR_EGM else pytest.mark.slow) for name in ROWS]
 
 
 @pytest.fixture(scope="module")
