@@ -138,12 +138,10 @@ class EGM(GeneratorModel):
         self.average_weights()
 
         # ... then some of each DDE, with fresh noise in each, and fresh generated points.
-        is_frozen = not self.dde_real.trainable_variables
-        if is_frozen:
-            self.dde_real.test_step(x)
+        step_of_real = self.dde_real.train_step if self.dde_real.trainable_variables else self.dde_real.test_step
+        for _ in range(self.real_steps):
+            step_of_real(x)
         for _ in range(self.dde_steps):
-            if not is_frozen:
-                self.dde_real.train_step(x)
             z, _ = self.draw_latents(num_points, "latents", self.dde_fake.optimizer.iterations)
             self.dde_fake.train_step(self.generate(z, training=True))
         return self.get_metrics_result()
@@ -157,12 +155,22 @@ class EGM(GeneratorModel):
         return self.get_metrics_result()
 
     def __init__(
-        self, dde_real, dde_fake, generator, dde_steps=5, latents_per_point=2, average_decay=0.998, seed=None, **kwargs
+        self,
+        dde_real,
+        dde_fake,
+        generator,
+        dde_steps=5,
+        real_steps=None,
+        latents_per_point=2,
+        average_decay=0.998,
+        seed=None,
+        **kwargs,
     ):
         """Join two DDEs and a generator.
 
-        A ``dde_real`` that was trained before need not go on: with ``dde_real.trainable = False``, set before
-        ``compile``, it stays as it is, its loss is still measured, and a step takes about half as long.
+        The gradient of the generator is right for a ``dde_fake`` that has converged on what the generator makes now, so
+        ``dde_fake`` needs the more steps: the data of ``dde_real`` stay the same. A ``dde_real`` that was trained before
+        need not go on: with ``dde_real.trainable = False``, set before ``compile``, it stays as it is and is measured.
 
         In all training steps latents are spread evenly over their space. Samples, and what calling the model on latents
         returns, come from ``average_generator``. The losses are those of ``generator`` itself, which ``dde_fake``
@@ -172,7 +180,8 @@ class EGM(GeneratorModel):
             dde_real: ``DDE`` of the data.
             dde_fake: ``DDE`` of the generated points, with the same ``noise_std``.
             generator: ``keras.Model`` from latents (batch, *latent) to points (batch, *event).
-            dde_steps: steps of each DDE for one step of the generator, an integer of at least 1.
+            dde_steps: steps of ``dde_fake`` for one step of the generator, an integer of at least 1.
+            real_steps: steps of ``dde_real`` for one step of the generator; None is as many.
             latents_per_point: number of latents in a step of the generator for each point of the batch of data.
             average_decay: decay in [0, 1) of the moving average of the generator's weights; it is smaller in the first
                 steps, so that the average forgets the initial weights.
@@ -195,24 +204,27 @@ class EGM(GeneratorModel):
         self.average_generator = copy_network(generator)
         self.average_generator.trainable = False
         self.dde_steps = checks.check_integer("dde_steps", dde_steps)
+        self.real_steps = self.dde_steps if real_steps is None else checks.check_integer("real_steps", real_steps)
         self.latents_per_point = checks.check_integer("latents_per_point", latents_per_point)
         self.average_decay = checks.check_interval("average_decay", average_decay, 0, 1)
         self.seed = checks.check_seed(seed)
         self.gen_loss_tracker = keras.metrics.Mean("gen_loss")
         self.built = True
 
-    def compile(self, dde_optimizer=None, gen_optimizer=None, **options):
+    def compile(self, dde_optimizer=None, gen_optimizer=None, real_optimizer=None, **options):
         """Set the optimizers, of the DDEs too: it compiles both.
 
         Args:
             dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs; each DDE gets a copy of its own.
                 Its learning rate schedule counts DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
             gen_optimizer: the generator's. None is ``Adam(2e-3, beta_1=0.5)``.
+            real_optimizer: that of ``dde_real``, if its schedule counts other steps; None is ``dde_optimizer``.
             **options: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
         """
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
         gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(2e-3, beta_1=0.5))
+        real_optimizer = keras.optimizers.get(real_optimizer or dde_optimizer)
         super().compile(copy_optimizer(gen_optimizer), **options)
         self.optimizer.build(self.generator.trainable_variables)
-        for dde in (self.dde_real, self.dde_fake):
-            dde.compile(copy_optimizer(dde_optimizer), jit_compile=self.jit_compile)
+        self.dde_real.compile(copy_optimizer(real_optimizer), jit_compile=self.jit_compile)
+        self.dde_fake.compile(copy_optimizer(dde_optimizer), jit_compile=self.jit_compile)

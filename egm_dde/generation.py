@@ -16,7 +16,7 @@ SAMPLES_PER_CHUNK = 2**16  # bounds the memory of sample
 class GeneratorModel(Trainable):
     """A ``generator`` between ``dde_real`` and ``dde_fake``, and ``average_generator``, which samples are drawn from.
 
-    Subclasses set these, ``dde_steps``, ``latents_per_point``, ``average_decay``, ``seed`` and ``gen_loss_tracker``.
+    Subclasses set these, ``dde_steps``, ``real_steps``, ``latents_per_point``, ``average_decay``, ``seed`` and ``gen_loss_tracker``.
     """
 
     def call(self, z):
@@ -94,7 +94,11 @@ class GeneratorModel(Trainable):
     def get_compile_config(self):
         if not self.compiled:
             return None
-        optimizers = {"dde_optimizer": self.dde_fake.optimizer, "gen_optimizer": self.optimizer}
+        optimizers = {
+            "dde_optimizer": self.dde_fake.optimizer,
+            "gen_optimizer": self.optimizer,
+            "real_optimizer": self.dde_real.optimizer,
+        }
         return {
             **{name: keras.saving.serialize_keras_object(optimizer) for name, optimizer in optimizers.items()},
             **self.compile_options,
@@ -106,6 +110,7 @@ class GeneratorModel(Trainable):
             **super().get_config(),
             **{name: keras.saving.serialize_keras_object(part) for name, part in parts.items()},
             "dde_steps": self.dde_steps,
+            "real_steps": self.real_steps,
             "latents_per_point": self.latents_per_point,
             "average_decay": self.average_decay,
             "seed": self.seed,

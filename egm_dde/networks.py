@@ -62,6 +62,43 @@ class RandomFourierFeatures(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)
+class RandomCuts(keras.layers.Layer):
+    """Map z to the sides of random hyperplanes that it lies on: sign(z W + b), unit columns of W, b ~ N(0, scale^2).
+
+    A continuous generator leaves bridges between separate parts of the data, because it maps the connected latents to a
+    connected set. One that has these features can tear along the hyperplanes, where it needs to.
+
+    Args:
+        num_cuts: number of hyperplanes.
+        scale: standard deviation of their distances from the origin.
+        seed: integer that fixes them.
+    """
+
+    def __init__(self, num_cuts=64, scale=0.7, seed=0, **kwargs):
+        super().__init__(autocast=False, **kwargs)  # as for the frequencies
+        self.num_cuts, self.scale, self.seed = num_cuts, scale, seed
+
+    def build(self, z_shape):
+        normal = keras.initializers.RandomNormal
+        self.directions = self.add_weight(
+            shape=(z_shape[-1], self.num_cuts), initializer=normal(1.0, seed=self.seed), trainable=False
+        )
+        self.offsets = self.add_weight(
+            shape=(self.num_cuts,), initializer=normal(self.scale, seed=self.seed + 1), trainable=False
+        )
+
+    def call(self, z):
+        directions = self.directions / keras.ops.norm(self.directions, axis=0)
+        return keras.ops.cast(keras.ops.sign(keras.ops.matmul(z, directions) + self.offsets), self.compute_dtype)
+
+    def compute_output_shape(self, z_shape):
+        return (*z_shape[:-1], self.num_cuts)
+
+    def get_config(self):
+        return {**super().get_config(), "num_cuts": self.num_cuts, "scale": self.scale, "seed": self.seed}
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
 class NoiseScaling(keras.layers.Layer):
     """Divide points by sqrt(data_std^2 + noise_std^2), so that they are about as wide at every noise level.
 
@@ -206,6 +243,7 @@ def build_generator(
     activation="relu",
     num_features=64,
     feature_scale=2.0,
+    num_cuts=64,
     data_std=2.0,
     seed=0,
 ):
@@ -221,6 +259,7 @@ def build_generator(
         activation: any activation; the generator needs no smooth derivative.
         num_features: number of random Fourier features of the latent.
         feature_scale: standard deviation of their frequencies.
+        num_cuts: number of random hyperplanes along which the generator can tear, or 0 for a continuous one.
         data_std: standard deviation of the data, roughly, in data units.
         seed: integer that fixes the initial weights.
 
@@ -240,6 +279,8 @@ def build_generator(
     exact = keras.config.dtype_policy().variable_dtype
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
+    if num_cuts:
+        hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed)(z)])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     if latent_dim == dim:
         small = keras.initializers.VarianceScaling(0.01, seed=seed)
