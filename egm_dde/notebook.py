@@ -96,7 +96,7 @@ def execute_in_place(path, notebook):
         notebook,
         timeout=None,
         record_timing=False,
-        store_widget_state=False,
+        store_widget_state=True,
         coalesce_streams=True,
         shutdown_kernel="immediate",
         # TensorFlow's C++ log ignores Python's streams; captured, it would be kept in the outputs.
