@@ -1,8 +1,7 @@
-"""Train the tutorial's model on every data set: ``make models``.
+"""Train the tutorial's model on every data set: ``make models``; or film it on one: ``make gifs``.
 
-The recipe is the notebook's, as functions: what the benchmarks measure and the ready-trained models are made with.
-Run as a script, it writes ``example_models/<dataset>.keras``, without the state of the optimizers, and one picture of
-all of them, ``example_models/gallery.png``.
+The recipe is the notebook's, as functions: what the benchmarks measure and the ready-trained models are made with. The
+models are written to ``example_models/``, without the state of the optimizers, with one picture of all of them.
 """
 
 import argparse
@@ -24,11 +23,11 @@ from matplotlib.figure import Figure
 from egm_dde import evaluation, visualization
 from egm_dde.files import replacing
 from energy_models import DDE, EGM, build_energy_net, build_generator
-from utils import DATASETS, MODE_STDS, distances_to_modes, noisy_density_2d, sample_2d_data
+from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
 NOISE_RANGE = (0.1, 1.5)
 BATCH_SIZE = 512
-DDE_STEPS = 2
+EGM_OPTIONS = {"dde_steps": 4, "real_steps": 1}
 STEPS_PER_EPOCH = 50
 EPOCHS = 100
 NUM_BATCHES = 2000
@@ -37,7 +36,7 @@ FOLDER = Path(__file__).parent / "example_models"
 
 
 def build_egm(seed=0, epochs=EPOCHS):
-    """Build the compiled generative model, with learning rates that fall to zero along a cosine.
+    """Build the compiled generative model.
 
     Args:
         seed: integer that fixes initial weights, latents and noise.
@@ -47,17 +46,23 @@ def build_egm(seed=0, epochs=EPOCHS):
         A compiled ``EGM``.
     """
 
+    def build_dde(seed):
+        return DDE(build_energy_net(noise_conditional=True, seed=seed), NOISE_RANGE, seed=seed)
+
+    egm = EGM(build_dde(seed), build_dde(seed + 1), build_generator(seed=seed + 2), seed=seed, **EGM_OPTIONS)
+    compile_egm(egm, epochs * STEPS_PER_EPOCH)
+    return egm
+
+
+def compile_egm(egm, num_steps):
+    """Give a model optimizers whose learning rates fall to zero along a cosine, in ``num_steps`` training steps."""
+
     def adam(learning_rate, num_steps):
         decay = keras.optimizers.schedules.CosineDecay(learning_rate, num_steps)
         return keras.optimizers.Adam(decay, beta_1=0.5)
 
-    def build_dde(seed):
-        return DDE(build_energy_net(noise_conditional=True, seed=seed), NOISE_RANGE, seed=seed)
-
-    num_steps = epochs * STEPS_PER_EPOCH
-    egm = EGM(build_dde(seed), build_dde(seed + 1), build_generator(seed=seed + 2), dde_steps=DDE_STEPS, seed=seed)
-    egm.compile(adam(5e-3, DDE_STEPS * num_steps), adam(2e-3, num_steps))
-    return egm
+    fake, real = (adam(5e-3, steps * num_steps) for steps in (egm.dde_steps, egm.real_steps))
+    egm.compile(fake, adam(2e-3, num_steps), real)
 
 
 def make_batches(dataset, seed=0):
@@ -86,18 +91,7 @@ def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
 
 
 def measure(dataset, model, rng=None, n_samples=2_000_000):
-    """Measure a trained model on a data set, at its lowest noise level, against the exact density.
-
-    Args:
-        dataset: one of ``utils.DATASETS``.
-        model: trained ``EGM``.
-        rng: a ``numpy.random.Generator``, an integer seed, or None; for the generated and the real samples and the
-            noise.
-        n_samples: number of generated samples.
-
-    Returns:
-        dict of floats, as ``evaluation.results_row``.
-    """
+    """Measure a trained ``EGM`` on a data set, at its lowest noise level; see ``evaluation.results_row``."""
     rng = np.random.default_rng(rng)
     noise_std = model.dde_real.noise_range[0]
     return evaluation.results_row(
@@ -106,8 +100,7 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
         partial(noisy_density_2d, dataset, noise_std=noise_std),
         partial(sample_2d_data, dataset),
         noise_std,
-        distances_to_modes=partial(distances_to_modes, dataset) if dataset in MODE_STDS else None,
-        mode_std=MODE_STDS.get(dataset, 0.0),
+        distances_to_modes=None if dataset == "2spirals" else partial(distances_to_modes, dataset),
         rng=rng,
         n_samples=n_samples,
     )
@@ -143,6 +136,31 @@ def drop_newer_settings(path):
             archive.writestr(name, content)
 
 
+def make_films(dataset, folder, seed=0):
+    """Make the callbacks that film the training: both densities on one colour scale, and the samples over the data."""
+
+    def exact_log_density(points):
+        return np.log(np.maximum(noisy_density_2d(dataset, points, NOISE_RANGE[0]), 1e-300))
+
+    max_density = visualization.grid_density(exact_log_density).max()
+    data = sample_2d_data(dataset, 2000, seed)
+
+    def draw_density(ax, model, name):
+        visualization.plot_density(ax, getattr(model, name).log_density, max_density=max_density)
+        ax.set_title(name)
+
+    def draw_samples(ax, model):
+        visualization.plot_samples(ax, data, model.sample(len(data), seed=seed))
+        ax.set_title("samples")
+
+    films = {
+        "den_real.gif": partial(draw_density, name="dde_real"),
+        "den_fake.gif": partial(draw_density, name="dde_fake"),
+        "samples.gif": draw_samples,
+    }
+    return [visualization.GifCallback(Path(folder) / name, draw) for name, draw in films.items()]
+
+
 def draw_gallery(models):
     """Draw the density and samples of models, a dict by data set, as a Matplotlib figure."""
     figure = Figure(figsize=(3 * len(models), 6.4), layout="constrained")
@@ -155,18 +173,26 @@ def draw_gallery(models):
 
 
 def main():
-    """Train, save and draw."""
+    """Train, save and draw; or film."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of {STEPS_PER_EPOCH} steps each")
+    parser.add_argument("--gifs", action="store_true", help="train on one data set and write the films alone")
+    parser.add_argument("--dataset", default=DATASETS[1], choices=DATASETS, help="to film")
+    parser.add_argument("--output-dir", default="example_images", help="folder of the films")
     arguments = parser.parse_args()
+    if arguments.gifs:
+        films = make_films(arguments.dataset, arguments.output_dir, arguments.seed)
+        train_egm(arguments.dataset, arguments.seed, arguments.epochs, callbacks=films, verbose=2)
+        print(*(film.path for film in films), "written")
+        return
     FOLDER.mkdir(exist_ok=True)
     models = {}
     for dataset in DATASETS:
         start = time.perf_counter()
         models[dataset] = train_egm(dataset, arguments.seed, arguments.epochs)
         save_without_optimizers(models[dataset], FOLDER / f"{dataset}.keras")
-        print(f"{dataset}: trained in {time.perf_counter() - start:.0f} s")
+        print(f"{dataset}: trained in {time.perf_counter() - start:.0f} s", flush=True)
     draw_gallery(models).savefig(FOLDER / "gallery.png", dpi=70)
 
 

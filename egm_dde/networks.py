@@ -79,13 +79,12 @@ class RandomCuts(keras.layers.Layer):
         self.num_cuts, self.scale, self.seed = num_cuts, scale, seed
 
     def build(self, z_shape):
-        normal = keras.initializers.RandomNormal
-        self.directions = self.add_weight(
-            shape=(z_shape[-1], self.num_cuts), initializer=normal(1.0, seed=self.seed), trainable=False
-        )
-        self.offsets = self.add_weight(
-            shape=(self.num_cuts,), initializer=normal(self.scale, seed=self.seed + 1), trainable=False
-        )
+        def add_normal(name, shape, std, seed):
+            initializer = keras.initializers.RandomNormal(stddev=std, seed=seed)
+            return self.add_weight(shape=shape, initializer=initializer, trainable=False, name=name)
+
+        self.directions = add_normal("directions", (z_shape[-1], self.num_cuts), 1.0, self.seed)
+        self.offsets = add_normal("offsets", (self.num_cuts,), self.scale, self.seed + 1)
 
     def call(self, z):
         directions = self.directions / keras.ops.norm(self.directions, axis=0)
@@ -212,9 +211,6 @@ def build_energy_net(
 
     Returns:
         A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy data up to a constant.
-
-    Raises:
-        ValueError: for sizes that are not integers of at least 1, or scales that are not positive and finite.
     """
     checks.check_sizes_and_scales({"dim": dim}, widths, {"feature_scale": feature_scale, "data_std": data_std})
     if num_features is None:
@@ -265,9 +261,6 @@ def build_generator(
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
-
-    Raises:
-        ValueError: for sizes that are not integers of at least 1, or scales that are not positive and finite.
     """
     checks.check_sizes_and_scales(
         {"latent_dim": latent_dim, "dim": dim, "num_features": num_features},
@@ -280,7 +273,7 @@ def build_generator(
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
     if num_cuts:
-        hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed)(z)])
+        hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed + 1)(z)])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     if latent_dim == dim:
         small = keras.initializers.VarianceScaling(0.01, seed=seed)
@@ -315,10 +308,6 @@ def build_image_energy_net(
 
     Returns:
         A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy images up to a constant.
-
-    Raises:
-        ValueError: for sizes that are not integers of at least 1, a mean of another shape or not finite, or a
-            ``data_std`` that is not positive and finite.
     """
     image_shape, data_mean = checks.check_image_arguments(image_shape, data_mean)
     checks.check_sizes_and_scales({"units": units}, filters, {"data_std": data_std}, "filters")
@@ -361,10 +350,6 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels). Its pixels are not
         bounded: a saturated bound would have no gradient that leads back.
-
-    Raises:
-        ValueError: for components of another shape or not finite, images that cannot be halved as often as ``filters``
-            ask, and as in ``build_image_energy_net``.
     """
     components = np.asarray(components)
     if components.ndim != 4 or not components.size or not np.isfinite(components).all():

@@ -85,10 +85,6 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
 
     Returns:
         NumPy array (n, *event), in data units.
-
-    Raises:
-        ValueError: for arguments that are not as above.
-        FloatingPointError: if a point ends at infinity: the steps are too large.
     """
     check_dde(dde)
     num_steps = checks.check_integer("num_steps", num_steps)
@@ -133,10 +129,6 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
 
     Returns:
         NumPy array (n_samples, *event), in data units.
-
-    Raises:
-        ValueError: for arguments that are not as above, or a network that does not know the shape of its points yet.
-        FloatingPointError: if a point ends at infinity: the steps are too large.
     """
     check_dde(dde)
     low, high = dde.noise_range
@@ -245,10 +237,6 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
 
     Returns:
         ``LogPartition(value, standard_error, effective_sample_size, n_samples, is_reliable)``.
-
-    Raises:
-        ValueError: for arguments that are not as above.
-        FloatingPointError: if the log density is NaN, or infinite, at a point.
 
     Warns:
         UserWarning: if the effective sample size is below 100 or 10 % of ``n_samples``: the value is most likely too

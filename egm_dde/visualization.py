@@ -37,10 +37,6 @@ def grid_density(log_density, limit=4.0, resolution=100):
     Returns:
         float64 array (resolution, resolution), probability per unit area: entry [row, column] belongs to the
         row-th y and the column-th x, both ascending. Its sum times the area of a cell is 1.
-
-    Raises:
-        ValueError: for a ``limit`` or ``resolution`` out of range, or log densities of another shape, NaN,
-            +inf, or -inf everywhere.
     """
     points = _grid_points(limit, resolution)
     values = np.asarray(log_density(points), dtype=np.float64)
@@ -67,9 +63,6 @@ def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
 
     Returns:
         The ``AxesImage``; its array (resolution, resolution) is the density.
-
-    Raises:
-        ValueError: as ``grid_density``, and for a ``max_density`` that is not positive and finite.
     """
     if max_density is not None:
         check_positive("max_density", max_density)
@@ -98,9 +91,6 @@ def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
 
     Returns:
         List of the ``Line2D`` of each set of points, real first.
-
-    Raises:
-        ValueError: for points of another shape or not finite, or a ``limit`` that is not positive and finite.
     """
     check_positive("limit", limit)
     real_samples = _check_plane_points("real_samples", real_samples)
@@ -126,9 +116,6 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
 
     Returns:
         The ``StreamplotSet``.
-
-    Raises:
-        ValueError: for scores of another shape or not finite, and as ``grid_density``.
     """
     points = _grid_points(limit, resolution)
     gradients = _check_plane_points("the values of score", score(points))
@@ -159,10 +146,6 @@ def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
 
     Returns:
         The ``Quiver``.
-
-    Raises:
-        ValueError: for arrays of another shape or not finite, or of different sizes, or a ``limit`` or ``length`` that
-            is not positive and finite.
     """
     check_positive("limit", limit)
     points, vectors = _check_plane_points("points", points), _check_plane_points("vectors", vectors)
@@ -188,10 +171,6 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
 
     Returns:
         The ``LineCollection`` of the n lines.
-
-    Raises:
-        ValueError: for points of another shape or not finite, sets of different sizes, or a ``limit`` that is
-            not positive and finite.
     """
     check_positive("limit", limit)
     noisy_points = _check_plane_points("noisy_points", noisy_points)
@@ -219,10 +198,6 @@ def plot_images(ax, images, num_columns=10):
 
     Returns:
         The ``AxesImage``.
-
-    Raises:
-        ValueError: for images of another shape or not finite, or a ``num_columns`` that is not an integer of at
-            least 1.
     """
     check_integer("num_columns", num_columns)
     images = np.asarray(images)
@@ -240,32 +215,7 @@ def plot_images(ax, images, num_columns=10):
     return ax.imshow(picture.squeeze(-1) if num_channels == 1 else picture, cmap="gray", vmin=0, vmax=1)
 
 
-def frame_epochs(num_epochs, num_frames=50):
-    """Choose the epochs to film: close together early, when much changes, and far apart late.
-
-    Args:
-        num_epochs: epochs of the training run, at least 1.
-        num_frames: epochs to choose, at least 2; all of them if there are no more than this.
-
-    Returns:
-        List of min(num_epochs, num_frames) increasing epochs, counted from 1; the first is 1, the last is
-        ``num_epochs``, and the ratio of neighbours is as even as whole numbers allow.
-
-    Raises:
-        ValueError: for a ``num_epochs`` or ``num_frames`` that is not an integer in range.
-    """
-    check_integer("num_epochs", num_epochs)
-    check_integer("num_frames", num_frames, 2)
-    if num_epochs <= num_frames:
-        return list(range(1, num_epochs + 1))
-    epochs = [1]
-    for frames_left in range(num_frames - 1, 0, -1):
-        growth = (num_epochs / epochs[-1]) ** (1 / frames_left)
-        epochs.append(max(epochs[-1] + 1, round(epochs[-1] * growth)))
-    return epochs
-
-
-def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=1_500_000):
+def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=500_000):
     """Write an endlessly looping GIF, all or nothing: a failure leaves an existing file as it was.
 
     All frames share one palette, which keeps the file small and the colours steady. A frame equal to the one
@@ -276,10 +226,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
         frames: non-empty sequence of uint8 RGB images (height, width, 3) of one shape.
         frame_duration: seconds each frame is shown, at least 0.02; rounded to hundredths.
         last_frame_duration: seconds the last frame is shown, at least 0.02.
-        max_bytes: the palette shrinks from 256 to as few as 64 colours if the file would be larger.
-
-    Raises:
-        ValueError: for frames of another shape or type, none at all, or a duration out of range.
+        max_bytes: the palette shrinks from 256 to as few as 32 colours if the file would be larger.
     """
     _check_duration("frame_duration", frame_duration)
     _check_duration("last_frame_duration", last_frame_duration)
@@ -288,7 +235,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
     seconds = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
-    for num_colors in (256, 128, 96, 64):
+    for num_colors in (256, 128, 64, 32):
         indices, palette = _share_palette(np.stack(frames), num_colors)
         encoded = iio.imwrite(
             "<bytes>",
@@ -308,98 +255,82 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
         temporary.write_bytes(encoded)
 
 
+class Film:
+    """Frames drawn one after the other on one Matplotlib ``Figure``, which pyplot does not know.
+
+    Args:
+        figure_size: width and height of a frame, in inches.
+        dpi: pixels an inch.
+    """
+
+    def __init__(self, figure_size=(4.0, 4.4), dpi=72):
+        if len(figure_size) != 2:
+            raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
+        for name, length in (*(("each of figure_size", length) for length in figure_size), ("dpi", dpi)):
+            check_positive(name, length)
+        self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.axes = self.figure.add_subplot(anchor="N")
+        self.frames = []
+
+    def add_frame(self, draw, *arguments, caption=""):
+        """Draw ``draw(axes, *arguments)`` on empty axes and append ``caption`` to its title."""
+        self.axes.clear()
+        draw(self.axes, *arguments)
+        self.axes.set_title(", ".join(text for text in (self.axes.get_title(), caption) if text))
+        self.canvas.draw()
+        self.figure.set_layout_engine("none")  # the first frame's layout stays, so that nothing moves
+        self.frames.append(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+
 class GifCallback(keras.callbacks.Callback):
     """Film a plot of the model during ``fit`` and write it as a GIF when training ends.
 
-    The first frame shows the model before training and the last one after it; each frame tells its epoch in
-    the title. Training that is interrupted leaves an existing file as it was.
+    The first frame shows the model before training and the last one after it. Between them, frames are spaced like the
+    logarithm of the step, because most happens early: the next one comes after 15 % more steps, and 5 at least. Training
+    that is interrupted leaves an existing file as it was.
 
     Args:
         path: the GIF to write.
         draw: callable ``draw(ax, model)`` that draws one frame on an empty Matplotlib ``Axes``.
-        epochs: iterable of the epochs, counted from 1, after which a frame is drawn besides the first and the
-            last one; None spreads about 50 over the run with ``frame_epochs``.
-        figure_size: width and height of a frame, in inches.
-        dpi: pixels an inch.
-        frame_duration: seconds each frame is shown.
-        last_frame_duration: seconds the last frame is shown.
-
-    Raises:
-        ValueError: for epochs that are not integers of at least 1, or a size or duration out of range.
+        max_bytes: as in ``write_gif``.
+        **options: for ``Film``.
     """
 
-    def __init__(
-        self,
-        path,
-        draw,
-        epochs=None,
-        figure_size=(4.0, 4.4),
-        dpi=90,
-        frame_duration=0.1,
-        last_frame_duration=1.5,
-    ):
+    def __init__(self, path, draw, max_bytes=500_000, **options):
         super().__init__()
         if not callable(draw):
             raise ValueError(f"draw must be a callable draw(ax, model), got {draw!r}")
-        if epochs is not None:
-            epochs = frozenset(epochs)
-            for epoch in epochs:
-                check_integer("each of epochs", epoch)
-        if len(figure_size) != 2:
-            raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for length in figure_size:
-            check_positive("each of figure_size", length)
-        check_positive("dpi", dpi)
-        _check_duration("frame_duration", frame_duration)
-        _check_duration("last_frame_duration", last_frame_duration)
-        self.path = Path(path)
-        self.draw = draw
-        self.epochs = epochs
-        self.figure_size = figure_size
-        self.dpi = dpi
-        self.frame_duration = frame_duration
-        self.last_frame_duration = last_frame_duration
+        Film(**options)  # refuses bad options now
+        self.path, self.draw, self.max_bytes, self.options = Path(path), draw, max_bytes, options
 
     def on_train_begin(self, logs=None):
-        # A Figure of its own, unknown to pyplot, is freed with the callback.
-        self._figure = Figure(figsize=self.figure_size, dpi=self.dpi, layout="constrained")
-        self._canvas = FigureCanvasAgg(self._figure)
-        self._axes = self._figure.add_subplot(anchor="N")
-        self._frames = []
-        self._frame_epoch = None  # epochs trained at the latest frame
-        self._epoch = None  # epochs trained so far
+        self._film = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch is None:  # the first epoch of this run, which is not 0 in a resumed one
-            remaining = self.params["epochs"] - epoch
-            self._chosen = self.epochs
-            if self._chosen is None:
-                self._chosen = {epoch + number for number in frame_epochs(remaining)}
-            self._epoch = epoch
+        if self._film is None:  # the first epoch of this run, which is not 0 in a resumed one
+            self._film = Film(**self.options)
+            self._step = epoch * (self.params["steps"] or 0)
             self._add_frame()
+        self._step_of_epoch = self._step
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._epoch = epoch + 1
-        if self._epoch in self._chosen:
+    def on_train_batch_end(self, batch, logs=None):
+        self._step = self._step_of_epoch + batch + 1
+        if self._step >= self._next_step:
             self._add_frame()
 
     def on_train_end(self, logs=None):
-        if self._epoch is None:  # there was nothing to train
+        if self._film is None:  # there was nothing to train
             return
-        if self._frame_epoch != self._epoch:
+        if self._frame_step != self._step:
             self._add_frame()
-        write_gif(self.path, self._frames, self.frame_duration, self.last_frame_duration)
-        self._frames = []
+        write_gif(self.path, self._film.frames, max_bytes=self.max_bytes)
+        self._film = None
 
     def _add_frame(self):
-        self._axes.clear()
-        self.draw(self._axes, self.model)
-        title = self._axes.get_title()
-        self._axes.set_title(f"{title}, epoch {self._epoch}" if title else f"epoch {self._epoch}")
-        self._canvas.draw()
-        self._figure.set_layout_engine("none")  # the first frame's layout stays, so that nothing moves
-        self._frames.append(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
-        self._frame_epoch = self._epoch
+        self._film.add_frame(self.draw, self.model, caption=f"step {self._step}")
+        self._frame_step = self._step
+        self._next_step = self._step + max(5, math.ceil(0.15 * self._step))
 
 
 class ProgressBar(keras.callbacks.Callback):
@@ -409,9 +340,6 @@ class ProgressBar(keras.callbacks.Callback):
 
     Args:
         every_seconds: least time between two updates, at least 0.
-
-    Raises:
-        ValueError: for an ``every_seconds`` that is negative or not finite.
     """
 
     def __init__(self, every_seconds=0.5):
@@ -419,83 +347,51 @@ class ProgressBar(keras.callbacks.Callback):
         self.every_seconds = check_interval("every_seconds", every_seconds, 0)
 
     def on_train_begin(self, logs=None):
-        self._start = time.monotonic()
-        self._next_update = self._start
-        self._pace_start = None  # (time, epochs trained) after the first step
-        self._first_epoch = None
-        self._epochs_trained = 0
-        self._steps = self.params["steps"]  # None for data of unknown length
-        self._logs = {}
+        self._start = self._latest = time.monotonic()
+        self._first_epoch = self._handle = self._pace_start = None
         self._display = _notebook_display()
-        self._handle = None
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
         if self._first_epoch is None:  # not 0 in a resumed run
             self._first_epoch = epoch
-        self._advance(epoch, self._logs)
+            self._show(0.0, f"epoch {epoch + 1}/{self.params['epochs']}", {})
 
     def on_train_batch_end(self, batch, logs=None):
-        epoch = int(self._epochs_trained)
-        self._steps_seen = batch + 1
-        if self._steps is not None and self._steps_seen < self._steps:
-            self._advance(epoch + self._steps_seen / self._steps, logs)
+        now = time.monotonic()
+        if self._pace_start is None:  # the first step does not count: it waits for the graph
+            self._pace_start = now, batch + 1
+            return
+        if now < self._latest + self.every_seconds or not self.params["steps"]:
+            return
+        self._latest = now
+        steps_made = (self._epoch - self._first_epoch) * self.params["steps"] + batch + 1
+        num_steps = (self.params["epochs"] - self._first_epoch) * self.params["steps"]
+        pace = (now - self._pace_start[0]) / max(1, steps_made - self._pace_start[1])  # seconds a step
+        ending = f", {format_duration(pace * (num_steps - steps_made))} to go"
+        self._show(steps_made / num_steps, f"epoch {self._epoch + 1}/{self.params['epochs']}", logs, ending)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._steps = self._steps or self._steps_seen
-        self._advance(epoch + 1, logs)
+        self._logs = logs or {}
 
     def on_train_end(self, logs=None):
         if self._first_epoch is None:  # there was nothing to train
             return
-        num_epochs = self._epochs_trained - self._first_epoch
+        num_epochs = self._epoch + 1 - self._first_epoch
         duration = format_duration(time.monotonic() - self._start)
-        progress = _Progress(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs)
+        self._show(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs)
+
+    def _show(self, fraction, heading, logs, ending=""):
+        text = ", ".join([heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]) + ending
+        bar = f'<progress value="{fraction:.4f}" max="1" style="width: 20em"></progress>'
+        shown = {"text/plain": text, "text/html": f"<div>{bar} {html.escape(text)}</div>"}
         if self._display is None:
-            print(progress)
+            if fraction == 1:
+                print(text)
+        elif self._handle is None:
+            self._handle = self._display(shown, raw=True, display_id=True)
         else:
-            self._show(progress)
-
-    def _advance(self, epochs_trained, logs):
-        """Note the number of epochs trained, which need not be whole, and show it if it is time to."""
-        self._epochs_trained = epochs_trained
-        self._logs = logs or {}
-        now = time.monotonic()
-        if self._pace_start is None and epochs_trained > self._first_epoch:
-            self._pace_start = now, epochs_trained  # the first step does not count: it waits for the graph
-        if now < self._next_update or self._display is None:
-            return
-        self._next_update = now + self.every_seconds
-        num_epochs = self.params["epochs"]
-        remaining = None
-        if self._pace_start is not None and epochs_trained > self._pace_start[1]:
-            pace = (now - self._pace_start[0]) / (epochs_trained - self._pace_start[1])  # seconds an epoch
-            remaining = pace * (num_epochs - epochs_trained)
-        fraction = (epochs_trained - self._first_epoch) / (num_epochs - self._first_epoch)
-        heading = f"epoch {max(self._first_epoch + 1, math.ceil(epochs_trained))}/{num_epochs}"
-        self._show(_Progress(fraction, heading, self._logs, now - self._start, remaining))
-
-    def _show(self, progress):
-        if self._handle is None:
-            self._handle = self._display(progress, display_id=True)
-        else:
-            self._handle.update(progress)
-
-
-class _Progress:
-    """One state of a training run: a bar and text in a notebook, a line of text elsewhere."""
-
-    def __init__(self, fraction, heading, logs, elapsed=None, remaining=None):
-        self.fraction = fraction
-        self.state = [heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]
-        self.elapsed = [] if elapsed is None else [f"{format_duration(elapsed)} elapsed"]
-        self.remaining = [] if remaining is None else [f"{format_duration(remaining)} to go"]
-
-    def __repr__(self):
-        return ", ".join(self.state + self.remaining)
-
-    def _repr_html_(self):
-        bar = f'<progress value="{self.fraction:.4f}" max="1" style="width: 20em"></progress>'
-        return f"<div>{bar} {html.escape(', '.join(self.state + self.elapsed + self.remaining))}</div>"
+            self._handle.update(shown, raw=True)
 
 
 def _notebook_display():

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from test_example_data import write_faces, write_mnist
-from test_notebook import check_outputs, code_cells, num_lines
+from test_tutorial import check_outputs, code_cells, num_lines
 
 from egm_dde.notebook import main as execute
 from energy_models import EGM
@@ -24,6 +24,7 @@ def run(folder, name, **settings):
     (folder / "examples").mkdir()
     for path in [*ROOT.glob("*.py"), *EXAMPLES.glob("*.py"), EXAMPLES / f"{name}.ipynb"]:
         shutil.copy(path, folder / path.relative_to(ROOT))
+    shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
     with pytest.MonkeyPatch.context() as environment:
         for setting, value in settings.items():
             environment.setenv(setting, str(value))

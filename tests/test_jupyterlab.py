@@ -13,7 +13,7 @@ import imageio.v3 as iio
 import nbformat
 import psutil
 import pytest
-from test_notebook import GIFS, NOTEBOOK, ROOT, check_outputs, code_cells
+from test_tutorial import FILMS, NOTEBOOK, ROOT, check_outputs, code_cells
 
 pytestmark = pytest.mark.browser
 
@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial")
     for module in ROOT.glob("*.py"):
         shutil.copy(module, folder)
+    shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
@@ -220,7 +221,7 @@ def observe(browser, training):
 def image_size(browser, name):
     """Scroll to the output with an image; its natural size (width, height) once it is loaded and seen."""
     script = """
-        const image = document.querySelector(`.jp-OutputArea img[src*="${arguments[0]}"]`);
+        const image = document.querySelector(`.jp-OutputArea img[alt="${arguments[0]}"]`);
         if (image && !onScreen(image)) image.parentElement.scrollIntoView({block: "center"});
         return image?.complete && onScreen(image) ? [image.naturalWidth, image.naturalHeight] : null;
     """
@@ -238,12 +239,29 @@ def test_all_cells_end_without_error_or_stderr(bar_values, browser, folder):
 
 
 def test_gifs_are_shown_inline(bar_values, browser, folder, screenshots):
-    for name in GIFS:
+    for name in FILMS:
         width, height = wait_for(lambda name=name: image_size(browser, name), 20)
         assert (height, width) == iio.imread(folder / "example_images" / name).shape[1:3]
-    script = "return [...document.images].filter((image) => image.alt.endsWith('.gif')).map((image) => image.offsetTop)"
-    assert len(set(browser.execute_script(script))) == 1  # side by side
+    script = """
+        const films = [...document.querySelectorAll(".jp-OutputArea img")].filter((image) => image.alt.endsWith(".gif"));
+        return films.map((image) => image.offsetTop);
+    """
+    assert len(set(browser.execute_script(script)[:3])) == 1  # side by side
     browser.save_screenshot(screenshots / "gifs.png")
+
+
+def test_slider_moves_the_noise_level(bar_values, browser, screenshots):
+    picture = ".widget-output .jp-RenderedImage img"
+
+    def source():
+        return browser.execute_script(f"return document.querySelector('{picture}')?.src")
+
+    before = wait_for(source, 20)
+    slider = browser.find_element("css selector", ".widget-slider .noUi-handle")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+    slider.send_keys("\ue014" * 3)  # the right arrow key
+    wait_for(lambda: source() not in (None, before), 60)
+    browser.save_screenshot(screenshots / "slider.png")
 
 
 def test_figures_and_results_are_shown(bar_values, browser, folder, screenshots):
@@ -251,7 +269,7 @@ def test_figures_and_results_are_shown(bar_values, browser, folder, screenshots)
     num_figures = sum("image/png" in output.get("data", {}) for output in outputs)
     script = "return [...document.querySelectorAll('.jp-RenderedImage img')].map((image) => image.naturalWidth)"
     widths = browser.execute_script(script)
-    assert len(widths) == num_figures > 0
+    assert len(widths) == num_figures + 1 > 1  # and that of the slider
     assert min(widths) > 0
     script = """
         const table = document.querySelector(".jp-OutputArea table");

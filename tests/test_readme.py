@@ -2,13 +2,14 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from egm_dde.evaluation import density_metrics, mode_coverage
-from utils import sample_2d_data
+from egm_dde.evaluation import density_metrics, mode_shares
+from utils import distances_to_modes, noisy_density_2d, sample_2d_data
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,8 +33,9 @@ def test_snippet_trains_a_density_estimator():
     # The exact minimum is 0.7822, a network that learned nothing has 1.
     fresh = sample_2d_data("2spirals", 100_000, rng=1)
     assert 0.77 < names["dde"].evaluate(fresh, batch_size=10_000, verbose=0) < 0.80
+    exact_density = partial(noisy_density_2d, "2spirals", noise_std=0.1)
     # One noise level leaves the relative weights of the arms loose; the base measure alone is at 0.47.
-    assert density_metrics(names["dde"].log_density, "2spirals", 0.1).total_variation < 0.25
+    assert density_metrics(names["dde"].log_density, exact_density).total_variation < 0.25
 
 
 def test_snippet_samples_a_ready_trained_model(monkeypatch):
@@ -41,7 +43,7 @@ def test_snippet_samples_a_ready_trained_model(monkeypatch):
     names = run_snippet(1)
     assert names["points"].shape == (1000, 2)
     assert names["log_density"].shape == (1000, 1)
-    assert mode_coverage(names["points"], "rings") == 1
+    assert mode_shares(distances_to_modes("rings", names["points"])).min() > 0.2
 
 
 def test_snippet_trains_saves_and_serves(monkeypatch, tmp_path):
@@ -63,7 +65,7 @@ def test_links_to_files_exist():
 def test_modules_named_exist():
     named = set(re.findall(r"`(\w+\.(?:py|ipynb|txt))`", README))
     assert {"energy_models.py", "utils.py", "evaluation.py", "visualization.py"} <= named
-    assert not [name for name in named if not (ROOT / name).exists()]
+    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "egm_dde" / name).exists()]
 
 
 def test_python_is_supported():

@@ -1,0 +1,149 @@
+"""What each ingredient is worth: the recipe with one of them switched off, against the exact densities.
+
+Each variant trains on every data set over several seeds, for a fifth of the usual steps. No run is left out; each is a line of
+``ablation.csv``.
+
+    python benchmarks/ablation.py [--seeds 3] [--steps 1000] [--datasets rings ...] [--variants ...] [--tables-only]
+"""
+
+import argparse
+import contextlib
+import sys
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from egm_dde.runtime import prepare_process
+
+prepare_process()
+
+import keras
+import report
+import tensorflow as tf
+
+import energy_models
+import train_models
+from egm_dde import draws, generation, networks
+from energy_models import DDE, EGM, build_energy_net, build_generator
+from utils import DATASETS
+
+FILE = report.FOLDER / "ablation.csv"
+
+
+def plain_targets(x, noisy_x, noise, noise_std):
+    """The own noise of each point, not averaged."""
+    squared_norm = tf.reduce_sum(tf.square(noise), axis=-1, keepdims=True)
+    return noise, squared_norm, squared_norm
+
+
+def plain_latents(n_samples, dim, key, dtype=tf.float32):
+    """Independent latents."""
+    return draws.normal((n_samples, dim), key, dtype)
+
+
+def build_wide_generator(seed):
+    """A generator whose last layer has the usual initial weights, without the start data_std * z."""
+    z = keras.Input((2,))
+    hidden = networks.RandomFourierFeatures(64, 2.0, seed)(z)
+    for offset in (1, 2):
+        initializer = keras.initializers.HeNormal(seed + offset)
+        hidden = keras.layers.Dense(128, "relu", kernel_initializer=initializer)(hidden)
+    return keras.Model(z, keras.layers.Dense(2, kernel_initializer=keras.initializers.HeNormal(seed))(hidden))
+
+
+def undamped(layer, x, log_noise_std=None):
+    """Fourier features whatever the noise level."""
+    phases = keras.ops.matmul(x, layer.frequencies)
+    return keras.ops.concatenate([x, keras.ops.sin(phases), keras.ops.cos(phases)], axis=-1)
+
+
+def no_base_measure(layer, x, log_noise_std=None):
+    """Log density 0 everywhere."""
+    return keras.ops.zeros_like(x[:, :1])
+
+
+# name: (patches as (owner, attribute, replacement), changes of the settings)
+VARIANTS = {
+    "the recipe": ([], {}),
+    "targets not averaged": ([(energy_models, "average_over_sources", plain_targets)], {}),
+    "one noise level, 0.1": ([], {"noise_std": 0.1}),
+    "no dual term": ([], {"dual_weight": 0.0}),
+    "independent latents": ([(generation, "spread_latents", plain_latents)], {}),
+    "no moving average": ([], {"average_decay": 0.0}),
+    "no Fourier features of points": ([], {"num_features": 0}),
+    "features not damped": ([(networks.RandomFourierFeatures, "call", undamped)], {}),
+    "no base measure": ([(networks.GaussianLogDensity, "call", no_base_measure)], {}),
+    "generator starts at random": ([], {"build_generator": build_wide_generator}),
+    "one latent a point": ([], {"latents_per_point": 1}),
+    "DDEs with weights and noise of their own": ([], {"fake_seed": 1000}),
+}
+
+
+def train(
+    dataset, seed, steps, noise_std=train_models.NOISE_RANGE, dual_weight=1.0, num_features=None, fake_seed=0, **options
+):
+    """Train the recipe with some settings changed; return the model."""
+
+    def build_dde(seed):
+        is_range = noise_std == train_models.NOISE_RANGE
+        return DDE(build_energy_net(2, is_range, num_features=num_features, seed=seed), noise_std, dual_weight, seed)
+
+    generator = options.pop("build_generator", build_generator)(seed=seed)
+    options = {**train_models.EGM_OPTIONS, **options}
+    model = EGM(build_dde(seed), build_dde(seed + fake_seed), generator, seed=seed, **options)
+    train_models.compile_egm(model, steps)
+    model.fit(train_models.make_batches(dataset, seed), steps_per_epoch=steps, verbose=0)
+    return model
+
+
+def run(variant, dataset, seed, steps):
+    """Train and evaluate once; return a dict of numbers."""
+    patches, changes = VARIANTS[variant]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, replacement in patches:
+            stack.enter_context(mock.patch.object(owner, attribute, replacement))
+        try:
+            model = train(dataset, seed, steps, **changes)
+            row = train_models.measure(model, dataset, seed, n_samples=1_000_000)
+        except (FloatingPointError, ValueError) as error:  # a run that diverges is a result, too
+            print(f"{variant}, {dataset}, seed {seed}: {error}", file=sys.stderr)
+            row = {"density_tv": 1.0, "generator_tv": 1.0, "generator_kl": float("inf")}
+    return {"variant": variant, "dataset": dataset, "seed": seed, "steps": steps, **row}
+
+
+def write_table(rows):
+    """Write the means over seeds, for each data set."""
+    datasets = [dataset for dataset in DATASETS if any(row["dataset"] == dataset for row in rows)]
+    lines = []
+    for variant in VARIANTS:
+        cells = []
+        for dataset in datasets:
+            its_rows = [row for row in rows if (row["variant"], row["dataset"]) == (variant, dataset)]
+            cells.append(" / ".join(report.summarise(its_rows, name, 3) for name in ("density_tv", "generator_tv")))
+        lines.append([variant, *cells])
+    table = report.make_table(["", *(f"`{dataset}`: density / generator TV" for dataset in datasets)], lines)
+    report.write_section("ablation", f"{table}\n\n{report.describe_run(('tensorflow', 'keras'))}")
+
+
+def main():
+    """Run what is asked for and write the table of all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--tables-only", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.tables_only:
+        for variant in arguments.variants:
+            for dataset in arguments.datasets:
+                for seed in range(arguments.seeds):
+                    row = run(variant, dataset, seed, arguments.steps)
+                    report.add_row(FILE, row, key=("variant", "dataset", "seed", "steps"))
+    write_table(report.read_rows(FILE))
+
+
+if __name__ == "__main__":
+    main()

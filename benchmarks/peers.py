@@ -1,0 +1,350 @@
+"""Our recipe and peers at equal cost: the same points, the same metric code, the same seconds of training.
+
+* ``ours``: ``train_models.train_egm``, as long as the budget allows; the building of its graph counts.
+* ``spline-flow``: the neural spline flow of the library zuko, by maximum likelihood.
+* ``flow-matching``: the library flow_matching, sampled with 1 to 100 steps of the midpoint rule.
+* ``wgan-gp``: a Wasserstein GAN with gradient penalty.
+* ``drifting``: a one-step generator that follows a kernel field between real and generated points.
+
+A warm-up finds the faster number of threads and the steps that fill the budget; learning rates fall to zero along a
+cosine that ends there. Each run has a process of its own and replaces its lines of ``peers.csv``; all are shown.
+
+    python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budget 60] [--tables-only]
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from egm_dde.runtime import prepare_process
+
+prepare_process()  # before PyTorch or TensorFlow is imported: both profit from the allocator
+
+import numpy as np
+import report
+import torch
+import zuko
+from flow_matching.path import CondOTProbPath
+from flow_matching.solver import ODESolver
+from matplotlib.figure import Figure
+from scipy.ndimage import gaussian_filter, map_coordinates
+from torch import nn
+
+from egm_dde import evaluation
+from utils import DATASETS, noisy_density_2d, sample_2d_data
+
+NOISE_STD = 0.1
+NUM_POINTS = 1_024_000  # as many as train_models.make_batches draws
+CHUNK_SIZE = 8192  # generated at a time: larger temporaries than 32 MiB cost page faults
+GRID_LIMIT, GRID_CELL = 5.0, 0.05  # of the densities that noise is added to
+COLUMNS = ("tv", "tv_floor", "kl", "kl_floor", "sliced_w1_ratio", "density_tv", "density_kl")
+COLUMNS += ("training_seconds", "sampling_seconds", "evaluations")  # sampling: of a million points
+
+
+class Descent:
+    """Adam on a network, with a learning rate that falls to zero along a cosine."""
+
+    def __init__(self, network, learning_rate, num_steps, betas=(0.9, 0.999), max_norm=math.inf):
+        self.parameters = list(network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, learning_rate, betas)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
+        self.max_norm = max_norm
+
+    def step(self, loss):  # of this network alone
+        for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
+
+
+class Peer:
+    """A method in PyTorch: ``step`` trains on points (points_per_step, 2), ``sample`` generates points (n, 2)."""
+
+    evaluations = 1  # of a network, for one sample
+    log_density = None  # of the data without noise, where the method has one: points (n, 2) -> (n,)
+
+    def get_samplers(self):
+        """Return ``{end of the name: (network evaluations a sample, callable n -> points (n, 2))}``."""
+        return {"": (self.evaluations, self.sample)}
+
+
+class SplineFlow(Peer):
+    """A neural spline flow (arXiv:1906.04032), autoregressive: a transform is inverted in one pass a coordinate."""
+
+    points_per_step, learning_rate = 2048, 5e-3
+    evaluations = 8  # two coordinates of four transforms
+
+    def __init__(self, num_steps, learning_rate):
+        self.flow = zuko.flows.NSF(2, transforms=4, bins=16, hidden_features=(128, 128))
+        self.descent = Descent(self.flow, learning_rate, num_steps, max_norm=1.0)
+
+    def step(self, x):
+        self.descent.step(-self.log_density(x).mean())
+
+    def log_density(self, x):
+        return self.flow().log_prob(x)
+
+    def sample(self, n_samples):
+        return self.flow().sample((n_samples,))
+
+
+class FlowMatching(Peer):
+    """Flow matching (arXiv:2210.02747) along straight lines from a standard normal distribution."""
+
+    points_per_step, learning_rate = 4096, 3e-3
+    width, density_steps = 256, 10
+
+    def __init__(self, num_steps, learning_rate):
+        self.network = build_mlp(3, (self.width,) * 4, nn.SiLU)
+        self.solver = ODESolver(self.velocity)
+        self.descent = Descent(self.network, learning_rate, num_steps)
+
+    def velocity(self, x, t):
+        return self.network(torch.cat([x, t.expand(len(x))[:, None]], dim=-1))
+
+    def step(self, x):
+        path = CondOTProbPath().sample(x_0=torch.randn_like(x), x_1=x, t=torch.rand(len(x)))
+        self.descent.step((self.velocity(path.x_t, path.t) - path.dx_t).square().mean())
+
+    def log_density(self, x):
+        source = zuko.distributions.DiagNormal(torch.zeros(2), torch.ones(2))
+        options = {"method": "midpoint", "step_size": 1 / self.density_steps, "exact_divergence": True}
+        return self.solver.compute_likelihood(x, source.log_prob, **options)[1]
+
+    def sample(self, n_samples, num_steps):
+        return self.solver.sample(torch.randn(n_samples, 2), method="midpoint", step_size=1 / num_steps)
+
+    def get_samplers(self):
+        return {f"-{n}": (2 * n, partial(self.sample, num_steps=n)) for n in (1, 5, 20, 100)}
+
+
+class WGANGP(Peer):
+    """A Wasserstein GAN: five steps of the critic a generator step, penalty weight 10."""
+
+    learning_rate = 3e-4
+    width, batch_size, critic_steps, penalty = 128, 256, 5, 10.0
+    points_per_step = critic_steps * batch_size
+
+    def __init__(self, num_steps, learning_rate):
+        self.generator = build_mlp(2, (self.width,) * 3, nn.ReLU)
+        self.critic = build_mlp(2, (self.width,) * 3, nn.ReLU, num_outputs=1)
+        self.descent = Descent(self.generator, learning_rate, num_steps, betas=(0.0, 0.9))
+        self.critic_descent = Descent(self.critic, learning_rate, self.critic_steps * num_steps, betas=(0.0, 0.9))
+
+    def step(self, x):
+        for real in x.chunk(self.critic_steps):
+            fake = self.sample(len(real)).detach()
+            mixed = torch.lerp(real, fake, torch.rand(len(real), 1)).requires_grad_()
+            (gradient,) = torch.autograd.grad(self.critic(mixed).sum(), mixed, create_graph=True)
+            penalty = (gradient.norm(dim=-1) - 1).square().mean()
+            self.critic_descent.step(self.critic(fake).mean() - self.critic(real).mean() + self.penalty * penalty)
+        self.descent.step(-self.critic(self.sample(self.batch_size)).mean())
+
+    def sample(self, n_samples):
+        return self.generator(torch.randn(n_samples, 2))
+
+
+class Drifting(Peer):
+    """A generator that is trained towards its own points moved along the drift, in units of ``scale``."""
+
+    points_per_step, learning_rate = 1024, 3e-3
+    scale, temperature, latent_dim = 4.0, 0.1, 32
+
+    def __init__(self, num_steps, learning_rate):
+        self.generator = build_mlp(self.latent_dim, (256,) * 3, nn.SiLU)
+        self.descent = Descent(self.generator, learning_rate, num_steps)
+
+    def step(self, x):
+        y = self.sample(len(x)) / self.scale
+        target = y.detach() + self.compute_drift(y.detach(), x / self.scale)
+        self.descent.step((y - target).square().mean())
+
+    def compute_drift(self, generated, real):
+        """Return the drift (n, 2): towards real points and away from generated ones, near ones most.
+
+        Each side is weighted by the sum of the other, so that the drift vanishes where both are distributed alike.
+        """
+        distances = torch.cdist(generated, torch.cat([generated, real]))  # (n, 2n)
+        distances.fill_diagonal_(math.inf)
+        kernel = torch.exp(-distances / self.temperature)
+        sums = kernel.sum(dim=0, keepdim=True) * kernel.sum(dim=1, keepdim=True)
+        to_generated, to_real = (kernel * sums.clamp_min(1e-12).rsqrt()).split(len(generated), dim=1)
+        attraction = to_generated.sum(dim=1, keepdim=True) * (to_real @ real)
+        return attraction - to_real.sum(dim=1, keepdim=True) * (to_generated @ generated)
+
+    def sample(self, n_samples):
+        return self.scale * self.generator(torch.randn(n_samples, self.latent_dim))
+
+
+PEERS = {"spline-flow": SplineFlow, "flow-matching": FlowMatching, "wgan-gp": WGANGP, "drifting": Drifting}
+METHODS = ("ours", *PEERS)
+
+
+def build_mlp(num_inputs, widths, activation, num_outputs=2):
+    """Build dense layers."""
+    layers = [(nn.Linear(*sizes), activation()) for sizes in itertools.pairwise((num_inputs, *widths))]
+    return nn.Sequential(*itertools.chain(*layers), nn.Linear(widths[-1], num_outputs))
+
+
+def train_peer(method, dataset, seed, arguments):
+    """Train within the budget; return the samplers, a log density of the noisy data or None, and numbers of the row."""
+    points = torch.from_numpy(sample_2d_data(dataset, NUM_POINTS, seed))
+
+    def train(num_steps, seconds=math.inf):
+        torch.manual_seed(seed)
+        peer = PEERS[method](num_steps, arguments.learning_rate or PEERS[method].learning_rate)
+        peer.step(points[: peer.points_per_step])  # PyTorch sets itself up; not counted
+        start, step = time.perf_counter(), 1
+        while step < num_steps and time.perf_counter() - start < seconds:
+            peer.step(points[torch.randint(len(points), (peer.points_per_step,))])
+            step += 1
+        return peer, step, time.perf_counter() - start
+
+    threads_of = {}  # by the seconds of a step
+    for threads in range(1, os.cpu_count() + 1):
+        torch.set_num_threads(threads)
+        _, steps, seconds = train(10**9, arguments.budget / 20)
+        threads_of[seconds / steps] = threads
+    torch.set_num_threads(threads_of[min(threads_of)])
+    peer, steps, seconds = train(max(2, round(arguments.budget / min(threads_of))))
+    numbers = {"training_seconds": seconds, "threads": torch.get_num_threads(), "steps": steps}
+    torch.set_num_threads(os.cpu_count())
+    samplers = {name: (n, partial(generate, sample)) for name, (n, sample) in peer.get_samplers().items()}
+    return samplers, peer.log_density and add_noise(peer.log_density), numbers
+
+
+@torch.no_grad()
+def generate(sample, n_samples):
+    """Generate points, an array (n_samples, 2), in chunks."""
+    return np.concatenate([sample(min(CHUNK_SIZE, n_samples - i)) for i in range(0, n_samples, CHUNK_SIZE)])
+
+
+@torch.no_grad()
+def add_noise(log_density):
+    """Return the log density of noisy points: the density on a grid, filtered and interpolated."""
+    axis = np.arange(GRID_CELL / 2 - GRID_LIMIT, GRID_LIMIT, GRID_CELL, dtype=np.float32)  # the middles of the cells
+    grid = torch.from_numpy(np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2))
+    density = np.concatenate([log_density(chunk).exp() for chunk in grid.split(CHUNK_SIZE)]).reshape(len(axis), -1)
+    density = gaussian_filter(density.astype(float), NOISE_STD / GRID_CELL, mode="constant", truncate=8)
+    return lambda x: np.log(np.maximum(map_coordinates(density, (x.T - axis[0]) / GRID_CELL), 1e-12))
+
+
+def train_ours(dataset, seed, arguments):
+    """Train our recipe within the budget; see ``train_peer``."""
+    import keras  # here, so that the processes of the peers are theirs alone
+
+    import train_models
+
+    ends = []
+    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
+    start = time.perf_counter()
+    train_models.train_egm(dataset, seed, epochs=3, callbacks=[clock])
+    later_epochs = round((arguments.budget - (ends[0] - start)) / ((ends[2] - ends[0]) / 2))  # the first builds, too
+    start = time.perf_counter()
+    model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
+    numbers = {"training_seconds": time.perf_counter() - start, "threads": os.cpu_count(), "steps": model.num_steps}
+    return {"": (1, partial(model.sample, seed=seed))}, model.dde_real.log_density, numbers
+
+
+def run(method, dataset, seed, arguments):
+    """Train and measure once; write a row for each sampler to the csv file."""
+    train = train_ours if method == "ours" else partial(train_peer, method)
+    samplers, log_density, numbers = train(dataset, seed, arguments)
+    exact_density = partial(noisy_density_2d, dataset, noise_std=NOISE_STD)
+    sample_real = partial(sample_2d_data, dataset)
+    density = evaluation.density_metrics(log_density, exact_density) if log_density else (math.nan, math.nan)
+    path = arguments.folder / "peers.csv"
+    key = {"run": method, "dataset": dataset, "seed": str(seed), "budget": str(arguments.budget)}
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = [row for row in rows if key.items() - row.items()]  # without those of an earlier run
+    for name, (evaluations, sample) in samplers.items():
+        sample(1000)  # the first call is slower
+        start = time.perf_counter()
+        samples = sample(arguments.samples)
+        numbers["sampling_seconds"] = (time.perf_counter() - start) * 1_000_000 / arguments.samples
+        (tv, tv_floor), (kl, kl_floor) = evaluation.sample_metrics(samples, exact_density, sample_real, NOISE_STD, seed)
+        sliced = evaluation.sliced_wasserstein_to_data(samples, sample_real, seed)
+        row = {**key, "method": method + name, "evaluations": evaluations, **numbers}
+        row.update(tv=tv, tv_floor=tv_floor, kl=kl, kl_floor=kl_floor, density_tv=density[0], density_kl=density[1])
+        row.update(sliced_w1=sliced.value, sliced_w1_floor=sliced.floor, sliced_w1_ratio=sliced.ratio)
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summarise(values):
+    """Return "mean (smallest to largest)", or "" for what a method does not have."""
+    numbers = (values.mean(), values.min(), values.max())
+    mean, low, high = (np.format_float_positional(x, precision=3, fractional=False, trim="-") for x in numbers)
+    return "" if np.isnan(values).any() else mean if low == high else f"{mean} ({low} to {high})"
+
+
+def plot(rows, methods, path):
+    """Draw what the total variation of each run has beyond its floor; the two add as lengths at right angles do."""
+    ax = Figure(figsize=(9, 4), layout="constrained").subplots()
+    for index, dataset in enumerate(DATASETS):
+        its_rows = rows[rows["dataset"] == dataset]
+        excess = np.sqrt(np.maximum(its_rows["tv"] ** 2 - its_rows["tv_floor"] ** 2, 1e-6))
+        x = [methods.index(method) + 0.15 * (index - 1.5) for method in its_rows["method"]]
+        ax.semilogy(x, excess, "o", markersize=5, alpha=0.7, label=dataset)
+    ax.set_xticks(range(len(methods)), methods, rotation=20)
+    ax.set_ylabel("excess of total variation, sqrt(TV^2 - floor^2)")
+    ax.legend()
+    ax.figure.savefig(path, dpi=80)
+
+
+def write_results(arguments):
+    """Write picture and tables of the rows in the csv file that have this budget."""
+    rows = np.genfromtxt(arguments.folder / "peers.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    rows = rows[rows["budget"] == arguments.budget]
+    methods = [name for run in METHODS for name in dict.fromkeys(rows["method"][rows["run"] == run].tolist())]
+    plot(rows, methods, arguments.folder / "peers.png")
+    text = "![excess of total variation by method and data set](peers.png)\n"
+    for dataset in (dataset for dataset in DATASETS if dataset in rows["dataset"]):
+        by_method = ((method, rows[(rows["dataset"] == dataset) & (rows["method"] == method)]) for method in methods)
+        table = [(method, *(summarise(its[name]) for name in COLUMNS)) for method, its in by_method if len(its)]
+        titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
+        text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
+    text += f"\nMean (smallest to largest) over seeds {', '.join(map(str, np.unique(rows['seed'])))}; a budget of "
+    text += f"{arguments.budget:.0f} s. {report.describe_run(['tensorflow', 'torch', 'zuko', 'flow_matching'])}"
+    report.write_section("peers", text, arguments.folder / "README.md")
+
+
+def main():
+    """Run, and write the section of README.md and its picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of training")
+    parser.add_argument("--learning-rate", type=float, help="of the peers, instead of each one's own: to search it")
+    parser.add_argument("--samples", type=int, default=500_000, help="for the measurements")
+    parser.add_argument("--folder", type=Path, default=report.FOLDER, help="of README.md, csv and picture")
+    parser.add_argument("--tables-only", action="store_true", help="of the runs in peers.csv")
+    arguments = parser.parse_args()
+    failures, runs = [], itertools.product(arguments.methods, arguments.datasets, arguments.seeds)
+    for call in () if arguments.tables_only else runs:
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(*call, arguments))
+        process.start()
+        process.join()
+        failures += [call] if process.exitcode else []
+    write_results(arguments)
+    if failures:
+        sys.exit(f"these runs failed: {failures}")
+
+
+if __name__ == "__main__":
+    main()
