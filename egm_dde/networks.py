@@ -1,18 +1,34 @@
 """Networks for points and for images: the layers they are made of, and their builders."""
 
+import functools
+import itertools
 import math
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from egm_dde import checks
 
-_PACKAGE = "egm_dde"
+_register = keras.saving.register_keras_serializable("egm_dde")
 
 
-@keras.saving.register_keras_serializable(_PACKAGE)
-class RandomFourierFeatures(keras.layers.Layer):
+class _ExactLayer(keras.layers.Layer):
+    """A layer that meets points with all their digits, under any dtype policy, and saves its ``options``."""
+
+    def __init__(self, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+
+    def add_normal(self, name, shape, stddev, seed):
+        """Add fixed weights drawn from N(0, stddev^2)."""
+        initializer = keras.initializers.RandomNormal(stddev=stddev, seed=seed)
+        return self.add_weight(shape=shape, initializer=initializer, trainable=False, name=name)
+
+    def get_config(self):
+        return {**super().get_config(), **{name: getattr(self, name) for name in self.options}}
+
+
+@_register
+class RandomFourierFeatures(_ExactLayer):
     """Map x to [x, sin(x B), cos(x B)] with fixed random frequencies B ~ N(0, scale^2) (arXiv:2006.10739).
 
     Plain small networks learn the fine structure of a density very slowly; with these features they learn it fast.
@@ -26,43 +42,30 @@ class RandomFourierFeatures(keras.layers.Layer):
         seed: integer that fixes the frequencies.
     """
 
+    options = ("num_features", "scale", "seed")
+
     def __init__(self, num_features=64, scale=1.0, seed=0, **kwargs):
-        super().__init__(autocast=False, **kwargs)  # phases need all digits
-        self.num_features = num_features
-        self.scale = scale
-        self.seed = seed
+        super().__init__(**kwargs)
+        self.num_features, self.scale, self.seed = num_features, scale, seed
 
     def build(self, x_shape, log_noise_std_shape=None):
-        self.frequencies = self.add_weight(
-            shape=(x_shape[-1], self.num_features),
-            initializer=keras.initializers.RandomNormal(stddev=self.scale, seed=self.seed),
-            trainable=False,
-            name="frequencies",
-        )
+        self.frequencies = self.add_normal("frequencies", (x_shape[-1], self.num_features), self.scale, self.seed)
 
     def call(self, x, log_noise_std=None):
         phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
-        decay = None
+        waves = [keras.ops.sin(phases), keras.ops.cos(phases)]
         if log_noise_std is not None:
             squared_frequencies = keras.ops.sum(keras.ops.square(self.frequencies), axis=0)  # (num_features,)
-            decay = 0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies
-        waves = _damped_waves(phases, decay)
+            damping = keras.ops.exp(-0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies)
+            waves = [damping * wave for wave in waves]
         return keras.ops.cast(keras.ops.concatenate([x, *waves], axis=-1), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
         return (*x_shape[:-1], x_shape[-1] + 2 * self.num_features)
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_features": self.num_features,
-            "scale": self.scale,
-            "seed": self.seed,
-        }
 
-
-@keras.saving.register_keras_serializable(_PACKAGE)
-class RandomCuts(keras.layers.Layer):
+@_register
+class RandomCuts(_ExactLayer):
     """Map z to the sides of random hyperplanes that it lies on: sign(z W + b), unit columns of W, b ~ N(0, scale^2).
 
     A continuous generator leaves bridges between separate parts of the data, because it maps the connected latents to a
@@ -74,17 +77,15 @@ class RandomCuts(keras.layers.Layer):
         seed: integer that fixes them.
     """
 
+    options = ("num_cuts", "scale", "seed")
+
     def __init__(self, num_cuts=64, scale=0.7, seed=0, **kwargs):
-        super().__init__(autocast=False, **kwargs)  # as for the frequencies
+        super().__init__(**kwargs)
         self.num_cuts, self.scale, self.seed = num_cuts, scale, seed
 
     def build(self, z_shape):
-        def add_normal(name, shape, std, seed):
-            initializer = keras.initializers.RandomNormal(stddev=std, seed=seed)
-            return self.add_weight(shape=shape, initializer=initializer, trainable=False, name=name)
-
-        self.directions = add_normal("directions", (z_shape[-1], self.num_cuts), 1.0, self.seed)
-        self.offsets = add_normal("offsets", (self.num_cuts,), self.scale, self.seed + 1)
+        self.directions = self.add_normal("directions", (z_shape[-1], self.num_cuts), 1.0, self.seed)
+        self.offsets = self.add_normal("offsets", (self.num_cuts,), self.scale, self.seed + 1)
 
     def call(self, z):
         directions = self.directions / keras.ops.norm(self.directions, axis=0)
@@ -93,93 +94,51 @@ class RandomCuts(keras.layers.Layer):
     def compute_output_shape(self, z_shape):
         return (*z_shape[:-1], self.num_cuts)
 
-    def get_config(self):
-        return {**super().get_config(), "num_cuts": self.num_cuts, "scale": self.scale, "seed": self.seed}
+
+class _NoisyGaussianLayer(_ExactLayer):
+    """A layer that knows the variance of noisy points; ``data_std`` is that of the clean ones, roughly, data units."""
+
+    options = ("data_std",)
+
+    def __init__(self, data_std, **kwargs):
+        super().__init__(**kwargs)
+        self.data_std = data_std
+
+    def noisy_variance(self, x, log_noise_std):
+        """data_std^2 + noise_std^2, (batch, 1); a scalar without a noise level."""
+        variance = keras.ops.cast(self.data_std**2, x.dtype)
+        return variance if log_noise_std is None else variance + keras.ops.exp(2.0 * log_noise_std)
 
 
-@keras.saving.register_keras_serializable(_PACKAGE)
-class NoiseScaling(keras.layers.Layer):
+@_register
+class NoiseScaling(_NoisyGaussianLayer):
     """Divide points by sqrt(data_std^2 + noise_std^2), so that they are about as wide at every noise level.
 
     A network sees noise of 3 and noise of 0.1 on one scale then (arXiv:2206.00364, Section 5).
-
-    Args:
-        data_std: standard deviation of the data, roughly, in data units.
     """
 
-    def __init__(self, data_std=1.0, **kwargs):
-        super().__init__(autocast=False, **kwargs)
-        self.data_std = data_std
-
     def call(self, x, log_noise_std=None):
-        variance = _noisy_variance(self.data_std, log_noise_std, x.dtype)
-        if log_noise_std is not None:
-            variance = keras.ops.reshape(variance, (-1,) + (1,) * (x.ndim - 1))
+        variance = keras.ops.reshape(self.noisy_variance(x, log_noise_std), (-1,) + (1,) * (x.ndim - 1))
         return keras.ops.cast(x / keras.ops.sqrt(variance), self.compute_dtype)
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
         return x_shape
 
-    def get_config(self):
-        return {**super().get_config(), "data_std": self.data_std}
 
-
-@keras.saving.register_keras_serializable(_PACKAGE)
-class GaussianLogDensity(keras.layers.Layer):
+@_register
+class GaussianLogDensity(_NoisyGaussianLayer):
     """Log density of N(0, (data_std^2 + noise_std^2) I): the base measure that an energy network corrects.
 
     It makes exp(log density) integrable and gives points far from the data a score that leads home.
-
-    Args:
-        data_std: standard deviation of the data, roughly, in data units.
     """
 
-    def __init__(self, data_std=2.0, **kwargs):
-        super().__init__(autocast=False, **kwargs)
-        self.data_std = data_std
-
     def call(self, x, log_noise_std=None):
-        variance = _noisy_variance(self.data_std, log_noise_std, x.dtype)
-        dim = math.prod(x.shape[1:])
+        variance, dim = self.noisy_variance(x, log_noise_std), math.prod(x.shape[1:])
         squared_norm = keras.ops.sum(keras.ops.square(keras.ops.reshape(x, (-1, dim))), axis=-1, keepdims=True)
         return -0.5 * (squared_norm / variance + dim * keras.ops.log(2.0 * math.pi * variance))
 
     def compute_output_shape(self, x_shape, log_noise_std_shape=None):
         return (x_shape[0], 1)
-
-    def get_config(self):
-        return {**super().get_config(), "data_std": self.data_std}
-
-
-def _noisy_variance(data_std, log_noise_std, dtype):
-    """data_std^2 + noise_std^2, (batch, 1); a scalar without a noise level."""
-    variance = keras.ops.cast(data_std**2, dtype)
-    return variance if log_noise_std is None else variance + keras.ops.exp(2.0 * log_noise_std)
-
-
-def _damped_waves(phases, decay=None):
-    """Sine and cosine of the phases, times exp(-decay).
-
-    Each derivative of sine and cosine is again sine or cosine, so compute both once. TensorFlow would compute them anew
-    in every derivative.
-    """
-    inputs = [phases] if decay is None else [phases, decay]
-    sine, cosine = tf.sin(tf.stop_gradient(phases)), tf.cos(tf.stop_gradient(phases))
-    if decay is not None:
-        damping = tf.exp(-tf.stop_gradient(decay))
-        sine, cosine = damping * sine, damping * cosine
-
-    @tf.custom_gradient
-    def depend_on(*inputs):
-        def differentiate(sine_gradient, cosine_gradient):
-            sine, cosine = depend_on(*inputs)
-            along_phases = sine_gradient * cosine - cosine_gradient * sine
-            along_decay = -(sine_gradient * sine + cosine_gradient * cosine)
-            return [along_phases, along_decay][: len(inputs)]
-
-        return (tf.identity(sine), tf.identity(cosine)), differentiate
-
-    return depend_on(*inputs)
 
 
 def build_energy_net(
@@ -203,8 +162,7 @@ def build_energy_net(
             levels, ``net([x, log(noise_std)])`` with the second input of shape (batch, 1).
         widths: units of the dense layers.
         activation: a smooth activation; a piecewise linear one such as ReLU has a piecewise constant score.
-        num_features: number of random Fourier features of the point, or 0; None is 64 in up to three dimensions,
-            0 in more.
+        num_features: number of random Fourier features of the point; None is 64 in up to three dimensions, 0 in more.
         feature_scale: standard deviation of their frequencies, in radians per data unit.
         data_std: standard deviation of the data, roughly, and of the base measure, in data units.
         seed: integer that fixes the initial weights.
@@ -216,23 +174,17 @@ def build_energy_net(
     if num_features is None:
         num_features = 64 if dim <= 3 else 0
     if num_features != 0 or isinstance(num_features, bool):
-        checks.check_sizes_and_scales({"num_features, unless it is None or 0,": num_features}, (), {})
+        checks.check_integer("num_features, unless it is None or 0,", num_features)
     seed = checks.check_seed(seed)
-    initializers = _initializers("glorot_uniform", seed)
-    exact = keras.config.dtype_policy().variable_dtype  # with mixed precision, the hidden layers alone are coarse
-    x = keras.Input((dim,), dtype=exact, name="x")
-    log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
-    if num_features:
-        hidden = RandomFourierFeatures(num_features, feature_scale, seed)(x, log_noise_std)
-    else:
-        hidden = NoiseScaling(data_std)(x, log_noise_std)
-    hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), widths, activation, initializers)
-    log_density = _correct_base_measure(hidden, x, log_noise_std, data_std, next(initializers))
-    inputs = [x, log_noise_std] if noise_conditional else x
-    return keras.Model(inputs, log_density, name="energy_net")
+    initializers = _initializers("GlorotUniform", seed)
+    x, log_noise_std = _energy_inputs((dim,), noise_conditional)
+    first = RandomFourierFeatures(num_features, feature_scale, seed) if num_features else NoiseScaling(data_std)
+    hidden = _append_level(first(x, log_noise_std), log_noise_std)
+    hidden = _stack_dense_layers(hidden, widths, activation, initializers)
+    return _energy_model("energy_net", x, log_noise_std, hidden, x, data_std, next(initializers))
 
 
-def build_generator(
+def build_generator(  # noqa: D417
     latent_dim=2,
     dim=2,
     widths=(128, 128),
@@ -243,48 +195,39 @@ def build_generator(
     data_std=2.0,
     seed=0,
 ):
-    """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
+    """Build the generator: random features of a standard normal latent, dense layers, a point.
 
     If the latent has as many coordinates as the point, the layers correct the map ``data_std * z``: the generator
     starts as a Gaussian about as wide as the data, without folds, and moves every point to data near by.
 
     Args:
         latent_dim: number of coordinates of the latent z ~ N(0, I).
-        dim: number of coordinates of a generated point.
-        widths: units of the dense layers.
+        dim, widths, feature_scale, data_std, seed: as in ``build_energy_net``.
         activation: any activation; the generator needs no smooth derivative.
         num_features: number of random Fourier features of the latent.
-        feature_scale: standard deviation of their frequencies.
         num_cuts: number of random hyperplanes along which the generator can tear, or 0 for a continuous one.
-        data_std: standard deviation of the data, roughly, in data units.
-        seed: integer that fixes the initial weights.
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
     """
-    checks.check_sizes_and_scales(
-        {"latent_dim": latent_dim, "dim": dim, "num_features": num_features},
-        widths,
-        {"feature_scale": feature_scale, "data_std": data_std},
-    )
-    seed = checks.check_seed(seed)
-    initializers = _initializers("he_normal" if activation == "relu" else "glorot_uniform", seed)
-    exact = keras.config.dtype_policy().variable_dtype
+    sizes = {"latent_dim": latent_dim, "dim": dim, "num_features": num_features}
+    checks.check_sizes_and_scales(sizes, widths, {"feature_scale": feature_scale, "data_std": data_std})
+    seed, exact = checks.check_seed(seed), _exact_type()
+    initializers = _initializers("HeNormal" if activation == "relu" else "GlorotUniform", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
     if num_cuts:
         hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed + 1)(z)])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
-    if latent_dim == dim:
-        small = keras.initializers.VarianceScaling(0.01, seed=seed)
-        correction = keras.layers.Dense(dim, kernel_initializer=small, dtype=exact)(hidden)
-        y = keras.layers.Add(dtype=exact)([keras.layers.Rescaling(data_std, dtype=exact)(z), correction])
-    else:
-        y = keras.layers.Dense(dim, kernel_initializer=next(initializers), dtype=exact)(hidden)
+    is_correction = latent_dim == dim
+    last = keras.initializers.VarianceScaling(0.01, seed=seed) if is_correction else next(initializers)
+    y = keras.layers.Dense(dim, kernel_initializer=last, dtype=exact)(hidden)
+    if is_correction:
+        y = keras.layers.Add(dtype=exact)([keras.layers.Rescaling(data_std, dtype=exact)(z), y])
     return keras.Model(z, y, name="generator")
 
 
-def build_image_energy_net(
+def build_image_energy_net(  # noqa: D417
     image_shape=(8, 8, 1),
     noise_conditional=False,
     filters=(32, 64),
@@ -298,40 +241,31 @@ def build_image_energy_net(
 
     Args:
         image_shape: (height, width, channels).
-        noise_conditional: as in ``build_energy_net``.
+        noise_conditional, activation, seed: as in ``build_energy_net``.
         filters: channels of the convolutions; each halves height and width.
         units: units of the two dense layers.
-        activation: a smooth activation.
         data_mean: mean of the data, in data units: an image (height, width, channels), or a number.
         data_std: standard deviation of a pixel about its mean, roughly, in data units.
-        seed: integer that fixes the initial weights.
 
     Returns:
         A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy images up to a constant.
     """
     image_shape, data_mean = checks.check_image_arguments(image_shape, data_mean)
     checks.check_sizes_and_scales({"units": units}, filters, {"data_std": data_std}, "filters")
-    seed = checks.check_seed(seed)
-    initializers = _initializers("glorot_uniform", seed)
-    exact = keras.config.dtype_policy().variable_dtype
-    x = keras.Input(image_shape, dtype=exact, name="x")
-    log_noise_std = keras.Input((1,), dtype=exact, name="log_noise_std") if noise_conditional else None
-    centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=exact)(x)
+    initializers = _initializers("GlorotUniform", checks.check_seed(seed))
+    x, log_noise_std = _energy_inputs(image_shape, noise_conditional)
+    centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=_exact_type())(x)
     hidden = NoiseScaling(data_std)(centred, log_noise_std)
-    for size in filters:
-        convolution = keras.layers.Conv2D(
-            size, 3, 2, padding="same", activation=activation, kernel_initializer=next(initializers)
-        )
-        hidden = convolution(_append_level(hidden, log_noise_std))
+    for channels in filters:
+        options = {"padding": "same", "activation": activation, "kernel_initializer": next(initializers)}
+        hidden = keras.layers.Conv2D(channels, 3, 2, **options)(_append_level(hidden, log_noise_std))
     hidden = keras.layers.Flatten()(hidden)
     for _ in range(2):
         hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
-    log_density = _correct_base_measure(hidden, centred, log_noise_std, data_std, next(initializers))
-    inputs = [x, log_noise_std] if noise_conditional else x
-    return keras.Model(inputs, log_density, name="image_energy_net")
+    return _energy_model("image_energy_net", x, log_noise_std, hidden, centred, data_std, next(initializers))
 
 
-def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), filters=(), seed=0):
+def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), filters=(), seed=0):  # noqa: D417
     """Build the generator of images: a linear map, corrected by dense layers and transposed convolutions with ReLU.
 
     It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i: as diverse
@@ -341,11 +275,9 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
     Args:
         components: (latent_dim, height, width, channels): principal components of the data, each as long as the
             standard deviation along it. Height and width are multiples of 2^(number of filters).
-        data_mean: mean of the data, as in ``build_image_energy_net``.
-        widths: units of the dense layers.
-        filters: channels before each of the convolutions, each of which doubles height and width; () is good for
-            small images.
-        seed: integer that fixes the initial weights.
+        data_mean: as in ``build_image_energy_net``.
+        widths, seed: as in ``build_energy_net``.
+        filters: channels before each of the convolutions that double height and width; () is good for small images.
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels). Its pixels are not
@@ -353,10 +285,8 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
     """
     components = np.asarray(components)
     if components.ndim != 4 or not components.size or not np.isfinite(components).all():
-        raise ValueError(
-            "components must be finite numbers of shape (latent_dim, height, width, channels), "
-            f"got shape {components.shape}"
-        )
+        needed = "finite numbers of shape (latent_dim, height, width, channels)"
+        raise ValueError(f"components must be {needed}, got shape {components.shape}")
     latent_dim, *image_shape = components.shape
     image_shape, data_mean = checks.check_image_arguments(image_shape, data_mean)
     checks.check_sizes_and_scales({}, widths, {})
@@ -365,39 +295,47 @@ def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), fil
     scale = 2 ** len(filters)
     if image_shape[0] % scale or image_shape[1] % scale:
         raise ValueError(f"{len(filters)} filters need a height and width divisible by {scale}, got {image_shape}")
-    initializers = _initializers("he_normal", seed)
-    exact = keras.config.dtype_policy().variable_dtype
+    initializers, exact = _initializers("HeNormal", seed), _exact_type()
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     linear = keras.layers.Dense(math.prod(image_shape), dtype=exact)
     start = keras.layers.Reshape(image_shape, dtype=exact)(linear(z))
-    linear.set_weights(
-        [components.reshape(latent_dim, -1), np.broadcast_to(data_mean, image_shape).reshape(-1)]
-    )  # weights, not an initializer: they are saved once
-    small = keras.initializers.VarianceScaling(0.01, seed=seed)
+    # Weights, not an initializer: they are saved once.
+    linear.set_weights([components.reshape(latent_dim, -1), np.broadcast_to(data_mean, image_shape).ravel()])
+    last_options = {"kernel_initializer": keras.initializers.VarianceScaling(0.01, seed=seed), "dtype": exact}
     hidden = _stack_dense_layers(z, widths, "relu", initializers)
     if filters:
+        double = functools.partial(keras.layers.Conv2DTranspose, kernel_size=4, strides=2, padding="same")
         smallest = (image_shape[0] // scale, image_shape[1] // scale, filters[0])
         hidden = _stack_dense_layers(hidden, (math.prod(smallest),), "relu", initializers)
         hidden = keras.layers.Reshape(smallest)(hidden)
         for channels in filters[1:]:
-            hidden = keras.layers.Conv2DTranspose(
-                channels, 4, 2, padding="same", activation="relu", kernel_initializer=next(initializers)
-            )(hidden)
-        correction = keras.layers.Conv2DTranspose(
-            image_shape[2], 4, 2, padding="same", kernel_initializer=small, dtype=exact
-        )(hidden)
+            hidden = double(channels, activation="relu", kernel_initializer=next(initializers))(hidden)
+        correction = double(image_shape[2], **last_options)(hidden)
     else:
-        pixels = keras.layers.Dense(math.prod(image_shape), kernel_initializer=small, dtype=exact)(hidden)
+        pixels = keras.layers.Dense(math.prod(image_shape), **last_options)(hidden)
         correction = keras.layers.Reshape(image_shape, dtype=exact)(pixels)
     return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
 
 
-def _correct_base_measure(hidden, x, log_noise_std, data_std, initializer):
-    """One number from the hidden units, plus the log density of the Gaussian: the output of an energy network."""
-    exact = keras.config.dtype_policy().variable_dtype
+def _exact_type():
+    """The type of points and log densities: with mixed precision, the hidden layers alone are coarse."""
+    return keras.config.dtype_policy().variable_dtype
+
+
+def _energy_inputs(event_shape, noise_conditional):
+    """The inputs x and log(noise_std) of an energy network; the second is None in one of a single level."""
+    x = keras.Input(event_shape, dtype=_exact_type(), name="x")
+    return x, keras.Input((1,), dtype=_exact_type(), name="log_noise_std") if noise_conditional else None
+
+
+def _energy_model(name, x, log_noise_std, hidden, centred, data_std, initializer):
+    """The model whose output is one number from the hidden units, plus the log density of the Gaussian."""
+    exact = _exact_type()
     # A bias here would be the log density's free constant: it has no gradient.
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=initializer, dtype=exact)(hidden)
-    return keras.layers.Add(dtype=exact)([correction, GaussianLogDensity(data_std)(x, log_noise_std)])
+    base_measure = GaussianLogDensity(data_std)(centred, log_noise_std)
+    log_density = keras.layers.Add(dtype=exact)([correction, base_measure])
+    return keras.Model(x if log_noise_std is None else [x, log_noise_std], log_density, name=name)
 
 
 def _append_level(hidden, log_noise_std):
@@ -419,7 +357,5 @@ def _stack_dense_layers(hidden, widths, activation, initializers):
 
 def _initializers(name, seed):
     """Yield initializers with seeds of their own: equal shapes must not get equal weights."""
-    config = keras.saving.serialize_keras_object(keras.initializers.get(name))
-    for offset in range(1, 10_000):
-        config["config"]["seed"] = 10_000 * seed + offset
-        yield keras.saving.deserialize_keras_object(config)
+    initializer = getattr(keras.initializers, name)
+    return (initializer(seed=10_000 * seed + offset) for offset in itertools.count(1))
