@@ -35,7 +35,7 @@ models: $(INSTALLED) ## Train the ready-made models in example_models/ (four min
 	$(VENV)/bin/python train_models.py
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
-BENCHMARKS ?= step_time scaling quality time_to_quality
+BENCHMARKS ?= step_time scaling quality ablation peers published_recipe
 benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (an hour or two; settings: BENCHMARKS)
 	@set -e; for name in $(BENCHMARKS); do \
 	    echo "benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py; \

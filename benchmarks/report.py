@@ -1,5 +1,6 @@
-"""What every benchmark needs to report: the machine, the versions, Markdown tables, and a place in README.md."""
+"""What every benchmark needs to report: rows of runs, machine, versions, Markdown tables, a place in README.md."""
 
+import csv
 import datetime
 import importlib.metadata
 import os
@@ -7,6 +8,8 @@ import platform
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
 
 FOLDER = Path(__file__).parent
 
@@ -22,6 +25,36 @@ def make_table(header, rows):
     """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def read_rows(path):
+    """Return the runs in a CSV file, a list of dicts of strings; none if there is no file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(path, row, key):
+    """Add a run, a dict, to a CSV file, in place of the one with equal values of the columns ``key``."""
+    row = {name: str(value) for name, value in row.items()}
+    rows = [old for old in read_rows(path) if any(old[name] != row[name] for name in key)] + [row]
+    partial = Path(path).with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+    print(row, file=sys.stderr, flush=True)
+
+
+def summarise(rows, name, digits):
+    """Return "mean (smallest to largest)" of a column; nothing if a run has no such number, as without modes."""
+    values = np.array([float(row.get(name) or "nan") for row in rows])
+    if not len(values) or np.isnan(values).any():
+        return ""
+    mean, low, high = (f"{value:.{digits}f}" for value in (values.mean(), values.min(), values.max()))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def write_section(name, text, path=FOLDER / "README.md"):

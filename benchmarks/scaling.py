@@ -7,16 +7,16 @@ before the first step.
 """
 
 import multiprocessing
-import os
 import resource
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+
+from egm_dde.runtime import prepare_process
 
 DEFAULTS = {"batch size": 512, "width": 128, "dimension": 2}
 SETTINGS = {
@@ -29,6 +29,7 @@ MEBIBYTE = 2**20
 
 def measure(setting):
     """Return the median seconds of a step and its peak memory in bytes."""
+    prepare_process()
     import tensorflow as tf
 
     from energy_models import DDE, EGM, build_energy_net, build_generator

@@ -1,8 +1,10 @@
 """Time of one training step: ours in TensorFlow, and the same step written the usual way in PyTorch and JAX.
 
-Same networks and initial weights, batch, noise levels, inner steps and optimizers; each framework draws its own
-random numbers the way its users do. Every framework has a process of its own, and they take turns: a machine that
-slows down slows them all down. Before any time is taken, all must return the same losses on the same draws.
+Same networks and initial weights, batch, noise levels, inner steps and optimizers (two steps of each density and one
+of a continuous generator); each framework draws its own random numbers the way its users do, and has the same settings
+of the memory allocator. Ours computes each sine and cosine once in all derivatives by hand, the others do not. Every
+framework has a process of its own, and they take turns: a machine that slows down slows them all down. Before any time
+is taken, all must return the same losses on the same draws.
 
     python benchmarks/step_time.py
 """
@@ -14,15 +16,17 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+
+from egm_dde.runtime import prepare_process
 
 BATCH_SIZE = 512
 NUM_ROUNDS = 15
 STEPS_PER_ROUND = 40
 PRODUCT_SIZE = 2048
+NUM_STEPS = 5000  # of the learning rates' decay
 FRAMEWORKS = (
     "TensorFlow, as in the notebook",
     "TensorFlow, default threads",
@@ -51,13 +55,24 @@ class Problem:
     num_steps: int
 
 
+def build_model():
+    """Build the compiled model whose step is measured."""
+    import train_models
+    from energy_models import DDE, EGM, build_energy_net, build_generator
+
+    ddes = (
+        DDE(build_energy_net(noise_conditional=True, seed=seed), train_models.NOISE_RANGE, seed=seed) for seed in (0, 1)
+    )
+    model = EGM(*ddes, build_generator(num_cuts=0, seed=2), dde_steps=2, seed=0)
+    train_models.compile_egm(model, NUM_STEPS)
+    return model
+
+
 def prepare_tensorflow(problem):
     """Return ``run(num_steps)`` and ``losses`` of this framework."""
     import tensorflow as tf
 
-    import train_models
-
-    model = train_models.build_egm()
+    model = build_model()
     iterator = iter(tf.data.Dataset.from_tensor_slices(problem.batches).repeat().prefetch(tf.data.AUTOTUNE))
     model.make_train_function()
 
@@ -68,7 +83,7 @@ def prepare_tensorflow(problem):
 
     def losses(x, z, log_noise_std, noise):
         def replay(points, *_):
-            return points + tf.exp(log_noise_std) * noise, tf.constant(noise), tf.constant(log_noise_std)
+            return points + tf.exp(log_noise_std) * noise, tf.constant(noise), tf.exp(log_noise_std)
 
         for dde in (model.dde_real, model.dde_fake):
             dde.add_noise = replay
@@ -98,9 +113,7 @@ def count_flops(batch_size):
     """Count the floating-point operations of a step: those of all matrix products in its graph, 2 m n k each."""
     import tensorflow as tf
 
-    import train_models
-
-    model = train_models.build_egm()
+    model = build_model()
     graph = tf.function(model.train_step).get_concrete_function(tf.TensorSpec((batch_size, 2))).graph
     flops = 0
     for operation in graph.get_operations():
@@ -113,9 +126,10 @@ def count_flops(batch_size):
 
 def serve(connection, framework, problem):
     """Run in a process of its own: answer ("losses", draws) and ("time", num_steps) until ("stop", None)."""
+    if framework.endswith("default threads"):
+        os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # which is set to 1 otherwise
+    prepare_process()
     if framework.startswith("TensorFlow"):
-        if framework.endswith("default threads"):
-            os.environ["TF_NUM_INTRAOP_THREADS"] = "0"  # which the recipe sets to 1
         run, losses = prepare_tensorflow(problem)
         products = prepare_product()
     elif framework.startswith("PyTorch"):
@@ -152,10 +166,9 @@ def as_arrays(network):
 
 def build_problem():
     """Build what all frameworks are given."""
-    import train_models
     from utils import sample_2d_data
 
-    model = train_models.build_egm()
+    model = build_model()
     return Problem(
         batches=sample_2d_data("2spirals", 100 * BATCH_SIZE, 0).reshape(100, BATCH_SIZE, 2),
         net_real=as_arrays(model.dde_real.net),
@@ -166,7 +179,7 @@ def build_problem():
         dde_steps=model.dde_steps,
         latents_per_point=model.latents_per_point,
         average_decay=model.average_decay,
-        num_steps=train_models.EPOCHS * train_models.STEPS_PER_EPOCH,
+        num_steps=NUM_STEPS,
     )
 
 
@@ -210,6 +223,7 @@ def main():
     """Measure, and write the section of README.md."""
     import report
 
+    prepare_process()
     problem = build_problem()
     context = multiprocessing.get_context("spawn")
     workers = {}

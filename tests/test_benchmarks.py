@@ -34,6 +34,27 @@ def test_a_missing_or_repeated_section_is_refused(report, tmp_path, content):
     assert path.read_text() == content
 
 
+def test_a_run_replaces_its_own_row_alone(report, tmp_path):
+    path = tmp_path / "runs.csv"
+    for row in ({"seed": 0, "tv": 0.5}, {"seed": 1, "tv": 0.25}, {"seed": 0, "tv": 0.75, "kl": 1.0}):
+        report.add_row(path, row, key=("seed",))
+    assert report.read_rows(path) == [{"seed": "1", "tv": "0.25", "kl": ""}, {"seed": "0", "tv": "0.75", "kl": "1.0"}]
+    assert report.summarise(report.read_rows(path), "tv", 2) == "0.50 (0.25 to 0.75)"
+    assert report.summarise(report.read_rows(path), "kl", 2) == ""  # one run has none
+    assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["targets not averaged", "no base measure", "generator starts at random"])
+def test_variants_of_the_ablation_train(report, monkeypatch, variant):
+    import ablation
+
+    monkeypatch.setattr(
+        ablation.train_models, "measure", lambda dataset, model, *_, **__: {"steps_made": model.num_steps}
+    )
+    assert ablation.run(variant, "rings", 0, steps=3)["steps_made"] == 3
+
+
 def test_a_table_has_a_row_for_each_row(report):
     assert report.make_table(["name", "value"], [("a", 1), ("b", 2)]).splitlines() == [
         "| name | value |",
@@ -45,7 +66,7 @@ def test_a_table_has_a_row_for_each_row(report):
 
 def test_every_script_has_a_section_and_is_named(report):
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    for name in ("quality", "time_to_quality", "step_time", "scaling"):
+    for name in ("quality", "peers", "published_recipe", "ablation", "step_time", "scaling"):
         assert (BENCHMARKS / f"{name}.py").exists()
         assert f"`{name}.py`" in text
         assert text.count(f"<!-- {name.replace('_', ' ')} -->") == 1

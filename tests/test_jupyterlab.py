@@ -251,7 +251,7 @@ def test_gifs_are_shown_inline(bar_values, browser, folder, screenshots):
 
 
 def test_slider_moves_the_noise_level(bar_values, browser, screenshots):
-    picture = ".widget-output .jp-RenderedImage img"
+    picture = "img.widget-image"
 
     def source():
         return browser.execute_script(f"return document.querySelector('{picture}')?.src")
@@ -269,7 +269,7 @@ def test_figures_and_results_are_shown(bar_values, browser, folder, screenshots)
     num_figures = sum("image/png" in output.get("data", {}) for output in outputs)
     script = "return [...document.querySelectorAll('.jp-RenderedImage img')].map((image) => image.naturalWidth)"
     widths = browser.execute_script(script)
-    assert len(widths) == num_figures + 1 > 1  # and that of the slider
+    assert len(widths) == num_figures > 0
     assert min(widths) > 0
     script = """
         const table = document.querySelector(".jp-OutputArea table");
