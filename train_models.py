@@ -27,7 +27,7 @@ from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
 NOISE_RANGE = (0.1, 1.5)
 BATCH_SIZE = 512
-EGM_OPTIONS = {"dde_steps": 4, "real_steps": 1}
+EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2}
 STEPS_PER_EPOCH = 50
 EPOCHS = 100
 NUM_BATCHES = 2000
