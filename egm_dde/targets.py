@@ -51,9 +51,8 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     means = tf.reshape(tf.matmul(weights, sources), (-1, dim + 1))[:batch_size]
     mean_x, mean_squared_x = means[:, :dim], means[:, dim:]
     mean_noise = tf.sqrt(precision) * (y - mean_x)
-    mean_squared_norm = precision * (
-        squared_y - 2.0 * tf.reduce_sum(y * mean_x, axis=-1, keepdims=True) + mean_squared_x
-    )
+    product = tf.reduce_sum(y * mean_x, axis=-1, keepdims=True)
+    mean_squared_norm = precision * (squared_y - 2.0 * product + mean_squared_x)
     # Where rounding would move an exponent noticeably, the own noise stays.
     is_exact = np.finfo(dtype.as_numpy_dtype).eps * precision * squared_y < 0.1
     mean_noise = tf.reshape(tf.where(is_exact, mean_noise, flat_noise), tf.shape(x))
@@ -71,22 +70,13 @@ def expected_square(estimate, target, mean_target):
 
 
 def spread_latents(n_samples, dim, key, dtype=tf.float32):
-    """Draw standard normal latents that fill their space more evenly than independent ones.
+    """Draw standard normal latents (n_samples, dim) that fill their space more evenly than independent ones.
 
     Each latent is standard normal by itself, but a batch of them has nearly the same share in every part of the plane
     of two coordinates, so that the modes of a generator get nearly their right shares of each batch. The points (i
     sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted by a random vector modulo 1 (Cranley and Patterson 1976)
     and become two normal coordinates by radius and angle (Box and Muller 1958). Each pair of coordinates has a shift
     and a random order of its own.
-
-    Args:
-        n_samples: number of latents.
-        dim: number of coordinates of each.
-        key: key of the draw.
-        dtype: type of the result.
-
-    Returns:
-        Tensor (n_samples, dim).
     """
     order_key, shift_key = draws.split(key)
     num_pairs = (dim + 1) // 2
