@@ -27,8 +27,7 @@ class DensityModel(Trainable):
             log_density (batch, 1) up to a constant, and score (batch, *event), its gradient, in 1 / data units.
         """
         x = self.as_points(x)
-        log_density, score, _ = self.differentiate(x, self.as_levels(x, noise_std))
-        return log_density, score
+        return self.differentiate(x, self.as_levels(x, noise_std))[:2]
 
     def log_density(self, x, noise_std=None):
         """Log density (batch, 1) of the noisy data up to a constant, the same for all levels; see ``call``."""
@@ -40,26 +39,16 @@ class DensityModel(Trainable):
         return self(self.as_points(x), noise_std=noise_std)[1]
 
     def denoise(self, noisy_x, noise_std=None):
-        """Posterior mean of the clean data, noisy_x + noise_std^2 * score(noisy_x) (Miyasawa 1961, Robbins 1956).
+        """Posterior mean (batch, *event) of the clean data, noisy_x + noise_std^2 * score(noisy_x); see ``call``.
 
-        Args:
-            noisy_x: points (batch, *event), in data units.
-            noise_std: the noise in them; see ``call``.
-
-        Returns:
-            Tensor (batch, *event), in data units.
+        It is the formula of Miyasawa (1961) and Robbins (1956); ``noise_std`` is the noise in ``noisy_x``.
         """
         noisy_x = self.as_points(noisy_x)
         levels = self.as_levels(noisy_x, noise_std)
-        _, score, _ = self.differentiate(noisy_x, levels)
-        return noisy_x + per_event(levels, noisy_x) ** 2 * score
+        return noisy_x + per_event(levels, noisy_x) ** 2 * self.differentiate(noisy_x, levels)[1]
 
     def add_noise(self, x, key):
-        """Draw a noise level, log-uniform in the range, and noise for each point.
-
-        Args:
-            x: clean points (batch, *event).
-            key: key of the draw.
+        """Draw a noise level, log-uniform in the range, and noise for each of the clean points x (batch, *event).
 
         Returns:
             noisy_x (batch, *event), noise (batch, *event) in noise units, and noise_std (batch, 1).
@@ -121,13 +110,8 @@ class DensityModel(Trainable):
             self.trainable = is_trainable
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "net": keras.saving.serialize_keras_object(self.net),
-            "noise_std": self.noise_std,
-            "dual_weight": self.dual_weight,
-            "seed": self.seed,
-        }
+        options = {name: getattr(self, name) for name in ("noise_std", "dual_weight", "seed")}
+        return {**super().get_config(), "net": keras.saving.serialize_keras_object(self.net), **options}
 
     @classmethod
     def from_config(cls, config):
