@@ -16,8 +16,11 @@ SAMPLES_PER_CHUNK = 2**16  # bounds the memory of sample
 class GeneratorModel(Trainable):
     """A ``generator`` between ``dde_real`` and ``dde_fake``, and ``average_generator``, which samples are drawn from.
 
-    Subclasses set these, ``dde_steps``, ``real_steps``, ``latents_per_point``, ``average_decay``, ``seed`` and ``gen_loss_tracker``.
+    Subclasses set these, the ``options`` below and ``gen_loss_tracker``.
     """
+
+    parts = ("dde_real", "dde_fake", "generator")
+    options = ("dde_steps", "real_steps", "latents_per_point", "average_decay", "seed")
 
     def call(self, z):
         return tf.cast(self.average_generator(z), self.variable_dtype)
@@ -31,9 +34,6 @@ class GeneratorModel(Trainable):
 
         Returns:
             NumPy array (n_samples, *event), in data units, without added noise.
-
-        Raises:
-            ValueError: for an ``n_samples`` that is not an integer of at least 1.
         """
         checks.check_integer("n_samples", n_samples)
         seed = checks.check_seed(seed)
@@ -79,8 +79,7 @@ class GeneratorModel(Trainable):
     @property
     def num_steps(self):
         """Number of training steps made."""
-        # The last network to be updated counts: a step is made when all of it is.
-        return self.dde_fake.num_steps // self.dde_steps if self.compiled else 0
+        return self.dde_fake.num_steps // self.dde_steps if self.compiled else 0  # the last network to be updated
 
     @property
     def metrics(self):
@@ -94,32 +93,17 @@ class GeneratorModel(Trainable):
     def get_compile_config(self):
         if not self.compiled:
             return None
-        optimizers = {
-            "dde_optimizer": self.dde_fake.optimizer,
-            "gen_optimizer": self.optimizer,
-            "real_optimizer": self.dde_real.optimizer,
-        }
-        return {
-            **{name: keras.saving.serialize_keras_object(optimizer) for name, optimizer in optimizers.items()},
-            **self.compile_options,
-        }
+        optimized = {"dde_optimizer": self.dde_fake, "gen_optimizer": self, "real_optimizer": self.dde_real}
+        optimizers = {name: keras.saving.serialize_keras_object(part.optimizer) for name, part in optimized.items()}
+        return {**optimizers, **self.compile_options}
 
     def get_config(self):
-        parts = {"dde_real": self.dde_real, "dde_fake": self.dde_fake, "generator": self.generator}
-        return {
-            **super().get_config(),
-            **{name: keras.saving.serialize_keras_object(part) for name, part in parts.items()},
-            "dde_steps": self.dde_steps,
-            "real_steps": self.real_steps,
-            "latents_per_point": self.latents_per_point,
-            "average_decay": self.average_decay,
-            "seed": self.seed,
-        }
+        parts = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in self.parts}
+        return {**super().get_config(), **parts, **{name: getattr(self, name) for name in self.options}}
 
     @classmethod
     def from_config(cls, config):
-        parts = ("dde_real", "dde_fake", "generator")
-        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in parts}})
+        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in cls.parts}})
 
 
 def copy_network(net):
