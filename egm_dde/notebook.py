@@ -3,10 +3,8 @@
     python -m egm_dde.notebook NOTEBOOK [NOTEBOOK ...]
 
 The kernel is the Python that runs this command, started in the notebook's folder. A notebook is written only after
-all of its cells have succeeded: an error or Ctrl-C leaves the file as it was.
-
-Progress comes from any object that a cell displays with ``display(obj, display_id=True)`` and then updates: its
-``text/plain`` form is shown.
+all of its cells have succeeded: an error or Ctrl-C leaves the file as it was. Progress is the ``text/plain`` form of
+any object that a cell displays with ``display(obj, display_id=True)`` and then updates.
 """
 
 import argparse
@@ -48,15 +46,14 @@ class ReportingClient(NotebookClient):
             for index, cell in enumerate(self.nb.cells):
                 if cell.cell_type != "code" or not cell.source.strip():
                     continue
-                started, self.shown_at, self.pending = time.monotonic(), -float("inf"), None
-                line = cell.source.strip().splitlines()[0]
-                print(shorten(f"[{index + 1}/{len(self.nb.cells)}] {line}"), flush=True)
+                started, self.shown_at, self.pending = time.monotonic(), -float("inf"), ""
+                first_line = cell.source.strip().splitlines()[0]
+                print(shorten(f"[{index + 1}/{len(self.nb.cells)}] {first_line}"), flush=True)
                 try:
                     self.execute_cell(cell, index, execution_count=self.code_cells_executed + 1)
                 finally:
-                    if self.pending:
-                        print(self.pending)
-                    print(f"{clear_line()}    ({format_duration(time.monotonic() - started)})", flush=True)
+                    duration = format_duration(time.monotonic() - started)
+                    print(f"{self.pending}{clear_line()}    ({duration})", flush=True)
 
     def process_message(self, msg, cell, cell_index):
         """Show updates of displayed objects, then record the message as usual."""
@@ -72,9 +69,9 @@ class ReportingClient(NotebookClient):
             print(clear_line() + line, end="", flush=True)
         elif time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
             print(line, flush=True)
-            self.shown_at, self.pending = time.monotonic(), None
+            self.shown_at, self.pending = time.monotonic(), ""
         else:
-            self.pending = line
+            self.pending = line + "\n"
 
 
 def clear_line():
@@ -92,16 +89,9 @@ def execute_in_place(path, notebook):
     """Execute a notebook, as read by nbformat from ``path``, and write it back once all cells have succeeded."""
     started = time.monotonic()
     print(path)
-    client = ReportingClient(
-        notebook,
-        timeout=None,
-        record_timing=False,
-        store_widget_state=True,
-        coalesce_streams=True,
-        shutdown_kernel="immediate",
-        # TensorFlow's C++ log ignores Python's streams; captured, it would be kept in the outputs.
-        extra_arguments=["--IPKernelApp.capture_fd_output=False"],
-    )
+    # TensorFlow's C++ log ignores Python's streams; captured, it would be kept in the outputs.
+    kernel_options = {"extra_arguments": ["--IPKernelApp.capture_fd_output=False"], "shutdown_kernel": "immediate"}
+    client = ReportingClient(notebook, record_timing=False, coalesce_streams=True, **kernel_options)
     with tempfile.TemporaryFile() as kernel_log:  # what compiled libraries write would tear the line of progress
         try:
             client.execute_reporting(cwd=str(path.resolve().parent), stdout=kernel_log, stderr=kernel_log)
