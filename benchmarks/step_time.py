@@ -2,9 +2,8 @@
 
 Same networks and initial weights, batch, noise levels, inner steps and optimizers (two steps of each density and one
 of a continuous generator); each framework draws its own random numbers the way its users do, and has the same settings
-of the memory allocator. Ours computes each sine and cosine once in all derivatives by hand, the others do not. Every
-framework has a process of its own, and they take turns: a machine that slows down slows them all down. Before any time
-is taken, all must return the same losses on the same draws.
+of the memory allocator. Every framework has a process of its own, and they take turns: a machine that slows down slows
+them all down. Before any time is taken, all must return the same losses on the same draws.
 
     python benchmarks/step_time.py
 """
