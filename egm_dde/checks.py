@@ -10,13 +10,9 @@ import warnings
 
 import numpy as np
 
-PIECEWISE_LINEAR = {
-    *("relu", "relu6", "leaky_relu", "leakyrelu", "prelu", "hard_tanh", "hard_sigmoid", "hard_shrink", "hard_silu"),
-    *("soft_shrink", "threshold"),
-}
-
-
-# ---------------------------------------------------------------------------------------------- numbers
+PIECEWISE_LINEAR = set(
+    "relu relu6 leaky_relu leakyrelu prelu hard_tanh hard_sigmoid hard_shrink hard_silu soft_shrink threshold".split()
+)
 
 
 def is_finite_number(value):
@@ -24,9 +20,14 @@ def is_finite_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_integer(value, smallest):
+    """Whether a value is an integer of at least ``smallest``, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= smallest
+
+
 def check_integer(name, value, smallest=1):
     """Return an integer of at least ``smallest`` as an int, or raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < smallest:
+    if not is_integer(value, smallest):
         raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
     return int(value)
 
@@ -57,7 +58,7 @@ def check_seed(seed):
     """Return a seed as an int; None draws one from Python's ``random``."""
     if seed is None:
         return random.getrandbits(31)
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+    if not is_integer(seed, 0) or seed >= 2**31:
         raise ValueError(f"seed must be None or an integer from 0 to 2**31 - 1, got {seed!r}")
     return int(seed)
 
@@ -67,10 +68,8 @@ def check_noise_std(noise_std):
     is_pair = np.ndim(noise_std) == 1 and len(noise_std) == 2
     low, high = noise_std if is_pair else (noise_std, noise_std)
     if not all(is_finite_number(level) and level > 0 for level in (low, high)) or (is_pair and low >= high):
-        raise ValueError(
-            "noise_std must be a positive finite number, or a pair (low, high) of such with low < high; "
-            f"got {noise_std!r}"
-        )
+        needed = "a positive finite number, or a pair (low, high) of such with low < high"
+        raise ValueError(f"noise_std must be {needed}; got {noise_std!r}")
     low, high = float(low), float(high)
     return ((low, high) if is_pair else low), (low, high)
 
@@ -89,9 +88,6 @@ def check_levels(noise_std, noise_range, num_points):
         raise ValueError(f"noise_std must be a number or one a point, ({num_points},); got shape {level.shape}")
     if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():  # forgives levels made of float32
         raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
-
-
-# ---------------------------------------------------------------------------------------------- networks
 
 
 def check_sizes_and_scales(sizes, widths, scales, name_of_widths="widths"):
@@ -137,23 +133,19 @@ def check_energy_net(net, num_inputs):
     check_network("net", net, num_inputs)
     for layer in walk_layers(net):
         if isinstance(layer, keras.layers.BatchNormalization):
-            raise ValueError(
-                f"net must not use batch normalization ({layer.name}): it makes the log density of a point depend on "
-                "the other points of its batch; LayerNormalization and GroupNormalization do not"
-            )
+            why = "it makes the log density of a point depend on the other points of its batch"
+            use = "LayerNormalization and GroupNormalization do not"
+            raise ValueError(f"net must not use batch normalization ({layer.name}): {why}; {use}")
         if layer.compute_dtype == "float16":
-            raise ValueError(
-                f"net must not compute in float16 ({layer.name}): the second derivatives that train it leave its "
-                "range; use float32, float64 or mixed_bfloat16"
-            )
+            why = "the second derivatives that train it leave its range"
+            use = "use float32, float64 or mixed_bfloat16"
+            raise ValueError(f"net must not compute in float16 ({layer.name}): {why}; {use}")
         for activation in (layer, getattr(layer, "activation", None)):
             kind = getattr(activation, "__name__", type(activation).__name__).lower()
             if kind in PIECEWISE_LINEAR:
-                warnings.warn(
-                    f"{kind} of {layer.name} is piecewise linear: the score of such a network is piecewise constant "
-                    "and learns badly; use a smooth activation such as tanh, silu, gelu or softplus",
-                    stacklevel=4,
-                )
+                why = "the score of such a network is piecewise constant and learns badly"
+                use = "use a smooth activation such as tanh, silu, gelu or softplus"
+                warnings.warn(f"{kind} of {layer.name} is piecewise linear: {why}; {use}", stacklevel=4)
     if net.built and getattr(net, "output_shape", None) is not None:
         check_scalar_output(net.output_shape)
 
@@ -173,23 +165,18 @@ def check_egm_parts(dde_real, dde_fake, generator):
     check_network("generator", generator, num_inputs=1)
     if dde_real is dde_fake or dde_real.net is dde_fake.net:
         raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
-    if dde_real.noise_std != dde_fake.noise_std:
-        raise ValueError(
-            f"dde_real and dde_fake must have the same noise_std, got {dde_real.noise_std!r} and {dde_fake.noise_std!r}"
-        )
+    real_std, fake_std = dde_real.noise_std, dde_fake.noise_std
+    if real_std != fake_std:
+        raise ValueError(f"dde_real and dde_fake must have the same noise_std, got {real_std!r} and {fake_std!r}")
     for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
         if input_shape(net) is None:
-            raise ValueError(
-                f"the shapes of {name} must be known: give its network a keras.Input, or call it on a batch; "
-                f"got {net!r}"
-            )
-    given = tuple(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))).shape)
+            remedy = "give its network a keras.Input, or call it on a batch"
+            raise ValueError(f"the shapes of {name} must be known: {remedy}; got {net!r}")
+    given = tuple(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))).shape)[1:]
     for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
-        if dde.event_shape != given[1:]:
-            raise ValueError(
-                f"the generator must return points of shape {format_shape(('batch', *dde.event_shape))} to fit {name}, "
-                f"got {format_shape(('batch', *given[1:]))}"
-            )
+        if dde.event_shape != given:
+            needed, got = (format_shape(("batch", *shape)) for shape in (dde.event_shape, given))
+            raise ValueError(f"the generator must return points of shape {needed} to fit {name}, got {got}")
 
 
 def walk_layers(layer):
@@ -210,11 +197,8 @@ def input_shape(net):
     return (None, *shape[1:])
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
-    """Return data as an array (n, *event) of a type, or raise an error that says what is wrong with them.
+    """Return data as a NumPy array (n, *event), or raise ValueError, which says what is wrong with them.
 
     Args:
         name: what the error calls them.
@@ -222,12 +206,6 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
         event_shape: shape of a point; None in it stands for any size, None instead of it for any shape.
         dtype: "float32" or "float64".
         smallest_noise_std: what rounding errors are compared with, in data units.
-
-    Returns:
-        NumPy array (n, *event).
-
-    Raises:
-        ValueError: for data that are empty, not finite, not real numbers, of another shape or too large.
     """
     try:
         array = np.asarray(x)
@@ -237,12 +215,12 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
         array = array.astype(np.float32)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be real numbers (floats or integers), got {array.dtype}")
+    given = array.shape[1:]
     expected = ("...",) if event_shape is None else event_shape
-    shapes = zip(array.shape[1:], expected, strict=False)
-    fits = event_shape is None or (
-        array.ndim == 1 + len(event_shape) and all(size in (given, None) for given, size in shapes)
+    fits = len(given) == len(expected) and all(
+        size in (None, found) for found, size in zip(given, expected, strict=False)
     )
-    if array.ndim < 2 or not fits:
+    if not given or not (fits or event_shape is None):
         raise ValueError(f"{name} must have shape {format_shape(('n', *expected))}, got {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name} must hold at least one point, got shape {array.shape}")
@@ -250,10 +228,10 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
         points = array.astype(dtype, copy=False)
     is_finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
     if not is_finite.all():
-        first = int(np.argmin(is_finite))
+        first, share = int(np.argmin(is_finite)), f"{(~is_finite).sum()} of {len(points)} points"
         raise ValueError(
-            f"{name} must be finite, got NaN, infinity or numbers too large for {dtype} in {(~is_finite).sum()} of "
-            f"{len(points)} points, first at index {first}: {array[first].ravel()[:4]}"
+            f"{name} must be finite, got NaN, infinity or numbers too large for {dtype} in {share}, first at index "
+            f"{first}: {array[first].ravel()[:4]}"
         )
     largest = np.abs(points).max()
     rounding = max(np.spacing(values.max()) for values in (largest, np.abs(array).max()) if values.dtype.kind == "f")
