@@ -5,7 +5,8 @@
 * ``log_partition`` estimates the logarithm of the integral of exp(log density), with its standard error: subtract it,
   and the log density is normalised.
 
-All of them take a trained ``energy_models.DDE`` and leave it as it is.
+All of them take a trained ``energy_models.DDE`` and leave it as it is. They raise ValueError for arguments that are not
+as described, and FloatingPointError where points or log densities are not finite: the steps are too large.
 """
 
 import itertools
@@ -60,19 +61,10 @@ class LogPartition(NamedTuple):
 def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=False, seed=None):
     """Move points by Langevin dynamics: x <- x + step_size * score(x) + sqrt(2 step_size) * N(0, I).
 
-    After enough steps the points follow the noisy density of the DDE at one level (Roberts and Tweedie 1996). They
-    forget their start like exp(-num_steps * step_size / a^2), where a is the standard deviation of the widest part of
-    the density that is in one piece. Far modes exchange no points in feasible time and keep the shares of the start.
-
-    The log density of data with noise is nowhere more curved downwards than that of the noise alone, by
-    1 / noise_std^2. Steps below 2 noise_std^2 are therefore stable for a DDE that has learned its data, but they are
-    not free of error: along an axis where the density is Gaussian of variance a^2, the points have the variance
-
-        a^2 / (1 - step_size / (2 a^2)).
-
-    As a^2 is at least noise_std^2, the default of 0.1 noise_std^2 is off by 5 % at most. With ``adjusted``, a step is
-    accepted or rejected by the rule of Metropolis and Hastings (MALA), so that the density is met exactly at any step
-    size: the largest one at which about 0.6 of the steps are accepted explores fastest.
+    After enough steps the points follow the noisy density of the DDE at one level (Roberts and Tweedie 1996). Far modes
+    exchange no points in feasible time and keep the shares of the start. Steps below 2 noise_std^2 are stable, but not
+    free of error: along an axis where the density is Gaussian of variance a^2, the points have the variance
+    a^2 / (1 - step_size / (2 a^2)), which is off by 5 % at most at the default.
 
     Args:
         dde: ``DDE``.
@@ -80,7 +72,8 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
         num_steps: number of steps, an integer of at least 1.
         step_size: a positive number, in squared data units; None is 0.1 noise_std^2.
         noise_std: for a DDE of a range of levels, the level, in data units; None is the lowest.
-        adjusted: whether a step may be rejected.
+        adjusted: whether a step is accepted or rejected by the rule of Metropolis and Hastings (MALA), so that the
+            density is met exactly at any step size; about 0.6 of the steps accepted is best.
         seed: integer for repeatable points; None draws fresh noise.
 
     Returns:
@@ -110,13 +103,9 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
     2. one step of the probability flow, which takes the density of this level to that of the next one, t (Song et al.
        2021, arXiv:2011.13456, Eq. 13): x <- x + (s^2 - t^2) / 2 * score(x, s).
 
-    With one step of each a level, the network is evaluated 2 num_levels + 10 times; Langevin steps alone would take
-    twice as many evaluations for the same quality, or more. At the end, t = 0 takes the noise of the lowest level off
-    (half-denoising, arXiv:2410.05837). ``DDE.denoise`` goes twice as far, to the mean of the points that x may have
-    come from, which shrinks a distribution by about what the noise had widened it.
-
-    More levels help more than more steps at each: on the checkerboard, 15, 30 and 60 levels of one step come within
-    2.6, 1.9 and 1.4 times the sliced Wasserstein distance between two real samples of 50,000 points.
+    With one step of each a level, the network is evaluated 2 num_levels + 10 times. At the end, t = 0 takes the noise
+    of the lowest level off (half-denoising, arXiv:2410.05837); ``DDE.denoise`` would go twice as far, to the mean of
+    the points that x may have come from, which shrinks a distribution.
 
     Args:
         dde: ``DDE`` of a range of levels, the highest one about as wide as the data or wider; data that are centred.
@@ -160,16 +149,8 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
 def move(evaluate, state, step_size, key, adjusted=False, power=1.0):
     """Take one Langevin step in the density N(0, I)^(1 - power) * exp(log density)^power.
 
-    Args:
-        evaluate: function of points (n, *event) to their log density (n, 1) and score (n, *event).
-        state: points, and what ``evaluate`` returns for them.
-        step_size: a positive number.
-        key: key of the draws.
-        adjusted: whether the step may be rejected, by the rule of Metropolis and Hastings.
-        power: the share of the log density, in (0, 1].
-
-    Returns:
-        The state after the step, and the share of the points that took it.
+    ``evaluate`` maps points (n, *event) to their log density (n, 1) and score (n, *event); ``state`` is points and what
+    it returns for them. Returns the state after the step, and the share of the points that took it.
     """
 
     def temper(x, log_density, score):
@@ -206,25 +187,20 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
         value = log(mean of w),  effective sample size = (sum of w)^2 / sum of w^2,
         standard error = sqrt(1 / effective sample size - 1 / n).
 
-    ``"importance"``: w = exp(log density) / q at points drawn from a proposal density q that is fitted to the data: a
-    mixture of t distributions around data points, as wide as a kernel density estimate (Silverman's rule) and the noise
-    together, and one part that is as wide as all data with noise. Nearly all weights are equal where the noise is as
-    wide as the data, in any number of dimensions, and where few dimensions are full of data.
+    ``"importance"``: w = exp(log density) / q at points from a proposal density q fitted to the data: a mixture of t
+    distributions around data points, as wide as a kernel density estimate and the noise together, and one part as wide
+    as all data with noise. It is good where the noise is as wide as the data, and in few dimensions full of data.
 
     ``"annealed"``: annealed importance sampling (Neal 2001). The points start from the Gaussian q that has mean and
     covariance of the data with noise, and go through the densities proportional to q^(1 - b) exp(log density)^b, with
     b = 1/num_steps, 2/num_steps, ..., 1; their weights are the product of (exp(log density) / q)^(1/num_steps) on the
-    way. At each b they take one Langevin step that leaves its density exactly as it is (``adjusted`` in ``langevin``,
-    in coordinates where q is standard normal), of a size that a pilot run has found. It takes about ``num_steps`` times
-    as long, and is for densities far from Gaussian in more than a few dimensions, with noise too low to hide that.
+    way. At each b they take one adjusted Langevin step, in coordinates where q is standard normal, of a size that a
+    pilot run has found. It is for densities far from Gaussian in more than a few dimensions.
 
-    With a range of levels, dual score matching (arXiv:2506.05310) gives all of them one constant, so it is measured at
-    the highest, where it is easy. On the models of the tutorial, it is that of the lowest level to 0.006 nats; in many
-    dimensions the two may differ by a tenth of a nat and more, which no standard error tells. Where that matters, give
-    the level that is used as ``noise_std``, with "annealed".
-
-    The effective sample size tells how well the points that were drawn cover the density; a part of it where none was
-    drawn, such as a mode that ``data`` do not have, is missed unseen.
+    With a range of levels, dual score matching gives all of them one constant, so it is measured at the highest, where
+    it is easy. In many dimensions the constants may differ by a tenth of a nat and more, which no standard error tells:
+    where that matters, give the level that is used as ``noise_std``, with "annealed". A part of the density where no
+    point was drawn, such as a mode that ``data`` do not have, is missed unseen.
 
     Args:
         dde: ``DDE``.
@@ -236,11 +212,7 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
         seed: integer for a repeatable estimate; None draws fresh points.
 
     Returns:
-        ``LogPartition(value, standard_error, effective_sample_size, n_samples, is_reliable)``.
-
-    Warns:
-        UserWarning: if the effective sample size is below 100 or 10 % of ``n_samples``: the value is most likely too
-            low, and the standard error as well.
+        ``LogPartition``. A UserWarning says if the effective sample size is too small: the value is then too low.
     """
     check_dde(dde)
     if method not in ("importance", "annealed"):
