@@ -30,15 +30,9 @@ class Trainable(keras.Model):
     def compile(self, optimizer, jit_compile=False, steps_per_execution=1, **options):
         """Set what training needs, as ``keras.Model.compile`` does.
 
-        Args:
-            optimizer: ``keras.optimizers.Optimizer``.
-            jit_compile: whether XLA compiles the step. On a CPU it is no faster for small networks.
-            steps_per_execution: number of steps between two looks of the callbacks.
-            **options: others of ``keras.Model.compile``.
-
-        Raises:
-            ValueError: for a loss or metrics, which are built in; for ``jit_compile`` or ``steps_per_execution`` on
-                several devices, where Keras fails with them.
+        ``jit_compile`` is whether XLA compiles the step: no faster for small networks on a CPU, and it leaves out the
+        checks of data. A loss and metrics are built in, so they are refused, as are ``jit_compile`` and
+        ``steps_per_execution`` on several devices, where Keras fails with them.
         """
         for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
             if options.pop(name, None) is not None:
@@ -71,9 +65,9 @@ class Trainable(keras.Model):
         """Train as ``keras.Model.fit`` does, on data in an order that a resumed run repeats.
 
         A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore`` among the
-        callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each
-        pass, by ``seed`` and the number of steps made. A ``tf.data.Dataset`` is read up to the batch that comes next,
-        so it has to repeat itself: give its ``shuffle`` a seed. Other iterables start anew.
+        callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass,
+        by ``seed`` and the number of steps made. A ``tf.data.Dataset`` is read up to the batch that comes next, so it
+        has to repeat itself: give its ``shuffle`` a seed. Other iterables start anew.
 
         Args:
             x: points (n, *event) as an array of real numbers, or batches of them (batch, *event) from a
@@ -81,16 +75,16 @@ class Trainable(keras.Model):
             y: ignored, like the second part of a batch: there are no targets.
             batch_size: number of points in a batch of an array; None is 32. On several devices, points that fill no
                 batch are left out of a pass.
-            epochs: as for ``keras.Model.fit``; so are all other arguments.
+            epochs: as for ``keras.Model.fit``; so are all arguments that are not here.
             verbose: how much is printed.
             callbacks: ``keras.callbacks.Callback`` or several.
             validation_split: share of an array, its last points, that is evaluated instead of trained on.
             validation_data: points to evaluate after each epoch.
             shuffle: whether an array is shuffled.
-            class_weight: not supported.
+            class_weight: not supported, and neither is ``sample_weight``.
             sample_weight: not supported.
             initial_epoch: number of epochs made before.
-            steps_per_epoch: number of batches in an epoch; None is one pass over the data. Data begin again where they
+            steps_per_epoch: number of batches in an epoch; None is one pass over the data, which begin again where they
                 end, within an epoch too.
             **options: others of ``keras.Model.fit``.
 
@@ -274,16 +268,9 @@ class Trainable(keras.Model):
 
     @classmethod
     def load(cls, filepath, **options):
-        """Load a model of this class from a ``.keras`` file.
+        """Load a model of this class from a ``.keras`` file; ``options`` are for ``keras.saving.load_model``.
 
-        ``keras.saving.load_model`` loads it, too; this checks the file first and says what is wrong with it.
-
-        Args:
-            filepath: the file.
-            **options: for ``keras.saving.load_model``.
-
-        Returns:
-            The model.
+        ``keras.saving.load_model`` loads it, too; this says what is wrong with it.
 
         Raises:
             FileNotFoundError: if there is no such file.

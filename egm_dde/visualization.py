@@ -1,8 +1,9 @@
 """Pictures of two-dimensional densities, samples and scores, and callbacks that show how training goes.
 
-Every ``plot_`` function draws one thing on one Matplotlib ``Axes`` and returns what it drew. Models come in
-as arguments: anything that maps points (n, 2) to log densities or scores will do. ``GifCallback`` films such
-a plot during training, ``ProgressBar`` shows the state of a long ``fit`` in a notebook.
+Every ``plot_`` function draws one thing on one Matplotlib ``Axes`` and returns what it drew, on the square
+[-limit, limit]^2 in data units. Models come in as arguments: anything that maps float32 points (n, 2) to log densities
+(n,) or (n, 1), known up to a constant, or to scores (n, 2). Arrays of points are finite, (n, 2), in data units. All
+functions raise ValueError for arguments that are not as described.
 """
 
 import html
@@ -26,17 +27,13 @@ DENSITY_COLORMAP = "viridis"
 
 
 def grid_density(log_density, limit=4.0, resolution=100):
-    """Evaluate a density on the cells of a square grid and normalise it there.
+    """Evaluate a density at the centres of a square grid's cells, resolution^2 of them, and normalise it there.
 
-    Args:
-        log_density: callable from float32 points (n, 2) to log densities (n,) or (n, 1), an array or a
-            tensor, known up to an additive constant; -inf where the density is zero.
-        limit: half the side of the square [-limit, limit]^2, in data units.
-        resolution: cells a side, at least 2; the density is evaluated at their centres.
+    The log density may be minus infinity where the density is zero.
 
     Returns:
-        float64 array (resolution, resolution), probability per unit area: entry [row, column] belongs to the
-        row-th y and the column-th x, both ascending. Its sum times the area of a cell is 1.
+        float64 array (resolution, resolution), probability per unit area: entry [row, column] belongs to the row-th y
+        and the column-th x, both ascending. Its sum times the area of a cell is 1.
     """
     points = _grid_points(limit, resolution)
     values = np.asarray(log_density(points), dtype=np.float64)
@@ -51,18 +48,10 @@ def grid_density(log_density, limit=4.0, resolution=100):
 
 
 def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
-    """Draw a density, normalised on the grid, as an image.
+    """Draw a density, normalised by ``grid_density``, as an ``AxesImage``, which is returned.
 
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        log_density: as in ``grid_density``.
-        limit: half the side of the square shown, in data units.
-        resolution: cells a side, at least 2.
-        max_density: the density at the top of the colour scale, so that several plots can share one; None
-            takes the highest density of this one.
-
-    Returns:
-        The ``AxesImage``; its array (resolution, resolution) is the density.
+    ``max_density`` is the density at the top of the colour scale, so that several plots can share one; None takes the
+    highest density of this one.
     """
     if max_density is not None:
         check_positive("max_density", max_density)
@@ -81,17 +70,7 @@ def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
 
 
 def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
-    """Draw samples as points: real ones in blue, generated ones in vermilion.
-
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        real_samples: finite array (n, 2), in data units.
-        generated_samples: finite array (m, 2), or None to draw the real samples alone.
-        limit: half the side of the square shown, in data units; points outside are not visible.
-
-    Returns:
-        List of the ``Line2D`` of each set of points, real first.
-    """
+    """Draw samples as points, real ones in blue, generated ones in vermilion; return their ``Line2D``, real first."""
     check_positive("limit", limit)
     real_samples = _check_plane_points("real_samples", real_samples)
     if generated_samples is not None:
@@ -105,17 +84,9 @@ def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
 
 
 def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
-    """Draw the streamlines of a score field, the directions in which the log density grows fastest.
+    """Draw the streamlines of a score field, over the density if it is given; return the ``StreamplotSet``.
 
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        score: callable from float32 points (n, 2) to the gradients (n, 2) of the log density there.
-        log_density: as in ``grid_density``, drawn below the streamlines; None leaves the background empty.
-        limit: half the side of the square shown, in data units.
-        resolution: grid points a side at which the score is evaluated, at least 2.
-
-    Returns:
-        The ``StreamplotSet``.
+    The score is evaluated at resolution^2 points of a grid.
     """
     points = _grid_points(limit, resolution)
     gradients = _check_plane_points("the values of score", score(points))
@@ -133,24 +104,14 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
 
 
 def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
-    """Draw an arrow at each point, such as the way the generator's loss moves it: grad f_real - grad f_fake.
+    """Draw an arrow at each point, such as what moves it: grad f_real - grad f_fake; return the ``Quiver``.
 
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        points: finite array (n, 2), where the arrows start, in data units.
-        vectors: finite array (n, 2); row i is the arrow at row i of ``points``.
-        color: Matplotlib colour of the arrows.
-        limit: half the side of the square shown, in data units.
-        length: how long a vector of length 1 is drawn, in data units; None makes the 95th percentile of the arrows an
-            eighth of ``limit`` long.
-
-    Returns:
-        The ``Quiver``.
+    Row i of ``vectors`` (n, 2) is the arrow at row i of ``points``. ``length`` is how long a vector of length 1 is
+    drawn, in data units; None makes the 95th percentile of the arrows an eighth of ``limit`` long.
     """
     check_positive("limit", limit)
     points, vectors = _check_plane_points("points", points), _check_plane_points("vectors", vectors)
-    if len(points) != len(vectors):
-        raise ValueError(f"points and vectors must be equally many, got {len(points)} and {len(vectors)}")
+    _check_equally_many("points and vectors", points, vectors)
     if length is None:
         longest = np.percentile(np.linalg.norm(vectors, axis=1), 95)
         length = limit / 8 / longest if longest > 0 else 1.0
@@ -161,24 +122,11 @@ def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
 
 
 def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
-    """Draw where denoising moves each noisy point: a thin line from before to after.
-
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        noisy_points: finite array (n, 2), in data units.
-        denoised_points: finite array (n, 2); row i is the denoised row i of ``noisy_points``.
-        limit: half the side of the square shown, in data units.
-
-    Returns:
-        The ``LineCollection`` of the n lines.
-    """
+    """Draw the segment from each noisy point to the denoised one in the same row; return the ``LineCollection``."""
     check_positive("limit", limit)
     noisy_points = _check_plane_points("noisy_points", noisy_points)
     denoised_points = _check_plane_points("denoised_points", denoised_points)
-    if len(noisy_points) != len(denoised_points):
-        raise ValueError(
-            f"noisy_points and denoised_points must be equally many, got {len(noisy_points)} and {len(denoised_points)}"
-        )
+    _check_equally_many("noisy_points and denoised_points", noisy_points, denoised_points)
     moves = np.stack([noisy_points, denoised_points], axis=1)  # (n, 2 ends, 2)
     lines = ax.add_collection(LineCollection(moves, colors="0.6", linewidths=0.6, zorder=1))
     _plot_points(ax, noisy_points, VERMILION, "noisy")
@@ -189,15 +137,9 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
 
 
 def plot_images(ax, images, num_columns=10):
-    """Draw images side by side in rows, one-channel ones in grey, three-channel ones in colour.
+    """Draw images side by side in rows, with one channel in grey, with three in colour; return the ``AxesImage``.
 
-    Args:
-        ax: the Matplotlib ``Axes`` to draw on.
-        images: finite array (n, height, width, 1 or 3) with pixels from -1 (black) to 1; values beyond are clipped.
-        num_columns: images in a row, an integer of at least 1.
-
-    Returns:
-        The ``AxesImage``.
+    ``images`` is a finite array (n, height, width, 1 or 3) with pixels from -1 (black) to 1; values beyond are clipped.
     """
     check_integer("num_columns", num_columns)
     images = np.asarray(images)
@@ -218,8 +160,8 @@ def plot_images(ax, images, num_columns=10):
 def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=500_000):
     """Write an endlessly looping GIF, all or nothing: a failure leaves an existing file as it was.
 
-    All frames share one palette, which keeps the file small and the colours steady. A frame equal to the one
-    before it is merged into it, and their durations are added.
+    All frames share one palette, which keeps the file small and the colours steady. A frame equal to the one before
+    it is merged into it, and their durations are added.
 
     Args:
         path: the file to write; missing parent folders are made.
@@ -258,9 +200,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
 class Film:
     """Frames drawn one after the other on one Matplotlib ``Figure``, which pyplot does not know.
 
-    Args:
-        figure_size: width and height of a frame, in inches.
-        dpi: pixels an inch.
+    ``figure_size`` is the width and height of a frame in inches, ``dpi`` the pixels an inch.
     """
 
     def __init__(self, figure_size=(4.0, 4.4), dpi=72):
@@ -284,17 +224,11 @@ class Film:
 
 
 class GifCallback(keras.callbacks.Callback):
-    """Film a plot of the model during ``fit`` and write it as a GIF when training ends.
+    """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends.
 
     The first frame shows the model before training and the last one after it. Between them, frames are spaced like the
-    logarithm of the step, because most happens early: the next one comes after 15 % more steps, and 5 at least. Training
-    that is interrupted leaves an existing file as it was.
-
-    Args:
-        path: the GIF to write.
-        draw: callable ``draw(ax, model)`` that draws one frame on an empty Matplotlib ``Axes``.
-        max_bytes: as in ``write_gif``.
-        **options: for ``Film``.
+    logarithm of the step, because most happens early: the next one comes after 15 % more steps, and 5 at least.
+    Training that is interrupted leaves an existing file as it was. Options are those of ``Film``.
     """
 
     def __init__(self, path, draw, max_bytes=500_000, **options):
@@ -336,10 +270,8 @@ class GifCallback(keras.callbacks.Callback):
 class ProgressBar(keras.callbacks.Callback):
     """Show the epoch, the losses and the time to go in one notebook output that is updated in place.
 
-    For use with ``fit(..., verbose=0)``. Outside a notebook only the final state is shown, as a line of text.
-
-    Args:
-        every_seconds: least time between two updates, at least 0.
+    For use with ``fit(..., verbose=0)``. Outside a notebook only the final state is shown, as a line of text. There are
+    ``every_seconds`` between two updates at least.
     """
 
     def __init__(self, every_seconds=0.5):
@@ -450,6 +382,11 @@ def _add_legend(ax):
 
 def _check_plane_points(name, points):
     return check_points(name, points, (2,), "float64")
+
+
+def _check_equally_many(names, one, other):
+    if len(one) != len(other):
+        raise ValueError(f"{names} must be equally many, got {len(one)} and {len(other)}")
 
 
 def _check_duration(name, value):
