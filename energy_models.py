@@ -138,9 +138,11 @@ class EGM(GeneratorModel):
         self.average_weights()
 
         # ... then some of each DDE, with fresh noise in each, and fresh generated points.
-        step_of_real = self.dde_real.train_step if self.dde_real.trainable_variables else self.dde_real.test_step
-        for _ in range(self.real_steps):
-            step_of_real(x)
+        if self.dde_real.trainable_variables:
+            for _ in range(self.real_steps):
+                self.dde_real.train_step(x)
+        else:
+            self.dde_real.test_step(x)  # it is frozen, and measured
         for _ in range(self.dde_steps):
             z, _ = self.draw_latents(num_points, "latents", self.dde_fake.optimizer.iterations)
             self.dde_fake.train_step(self.generate(z, training=True))
@@ -169,8 +171,9 @@ class EGM(GeneratorModel):
         """Join two DDEs and a generator.
 
         The gradient of the generator is right for a ``dde_fake`` that has converged on what the generator makes now, so
-        ``dde_fake`` needs the more steps: the data of ``dde_real`` stay the same. A ``dde_real`` that was trained before
-        need not go on: with ``dde_real.trainable = False``, set before ``compile``, it stays as it is and is measured.
+        ``dde_fake`` needs the more steps: the data of ``dde_real`` stay the same. A ``dde_real`` that was trained
+        before need not go on: with ``dde_real.trainable = False``, set before ``compile``, it stays as it is and is
+        measured.
 
         In all training steps latents are spread evenly over their space. Samples, and what calling the model on latents
         returns, come from ``average_generator``. The losses are those of ``generator`` itself, which ``dde_fake``

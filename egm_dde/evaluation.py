@@ -237,31 +237,6 @@ def mode_shares(distances):
     return np.bincount(distances.argmin(axis=1), minlength=distances.shape[1]) / len(distances)
 
 
-def label_coverage(labels, probabilities):
-    """Compare the labels that a classifier gives to generated samples with the probabilities of the labels.
-
-    The measure of the Stacked MNIST literature (arXiv:1611.02163): of the shares q of the labels, how many are not
-    zero, and the reverse KL divergence sum q log(q / p). n independent labels from p themselves have a divergence of
-    about (number of labels - 1) / (2 n).
-
-    Args:
-        labels: integers (n,) from 0 on.
-        probabilities: (number of labels,), those of the data.
-
-    Returns:
-        The number of labels that occur, and the KL divergence in nats; infinite if a label of probability 0 occurs.
-    """
-    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    if probabilities.ndim != 1 or not (probabilities >= 0).all() or abs(probabilities.sum() - 1) > 1e-6:
-        raise ValueError(f"probabilities must be numbers (n,) of at least 0 that sum to 1, got {probabilities!r}")
-    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers (n,), got {labels.dtype} of shape {labels.shape}")
-    if labels.min() < 0 or labels.max() >= len(probabilities):
-        raise ValueError(f"labels must be from 0 to {len(probabilities) - 1}, got {labels.min()} to {labels.max()}")
-    shares = np.bincount(labels, minlength=len(probabilities)) / len(labels)
-    return int(np.count_nonzero(shares)), float(rel_entr(shares, probabilities).sum())
-
-
 # ---------------------------------------------------------------------------------------------- tables
 
 

@@ -136,27 +136,6 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
     return lines
 
 
-def plot_images(ax, images, num_columns=10):
-    """Draw images side by side in rows, with one channel in grey, with three in colour; return the ``AxesImage``.
-
-    ``images`` is a finite array (n, height, width, 1 or 3) with pixels from -1 (black) to 1; values beyond are clipped.
-    """
-    check_integer("num_columns", num_columns)
-    images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise ValueError(f"images must have shape (n, height, width, 1 or 3), got {images.shape}")
-    if not np.isfinite(images).all():
-        raise ValueError("images must be finite, got NaN or infinity among them")
-    num_rows = -(-len(images) // num_columns)
-    height, width, num_channels = images.shape[1:]
-    tiles = np.ones((num_rows * num_columns, height + 1, width + 1, num_channels))  # white lines between the images
-    tiles[: len(images), :height, :width] = (np.clip(images, -1, 1) + 1) / 2
-    rows = tiles.reshape(num_rows, num_columns, height + 1, width + 1, num_channels).swapaxes(1, 2)
-    picture = rows.reshape(num_rows * (height + 1), num_columns * (width + 1), num_channels)[:-1, :-1]
-    ax.set_axis_off()
-    return ax.imshow(picture.squeeze(-1) if num_channels == 1 else picture, cmap="gray", vmin=0, vmax=1)
-
-
 def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=500_000):
     """Write an endlessly looping GIF, all or nothing: a failure leaves an existing file as it was.
 

@@ -1,4 +1,4 @@
-"""Images for ``images.ipynb``: digits that come with scikit-learn, and MNIST and CelebA from local files.
+"""Images for ``images.ipynb``: digits that come with scikit-learn, MNIST and CelebA from local files; how they look.
 
 All of them come as float32 arrays (n, height, width, channels) with pixels from -1 to 1.
 """
@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from scipy.special import rel_entr
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from egm_dde.checks import check_integer
 
 DATASETS = ("digits", "stacked_digits", "mnist", "stacked_mnist", "celeba")
 
@@ -121,3 +124,49 @@ def _load_folder(folder, seed):
         x[row] = image / 127.5 - 1
     train, test = train_test_split(x, test_size=0.1, random_state=seed)
     return Images(train, test, None, None)
+
+
+def plot_images(ax, images, num_columns=10):
+    """Draw images side by side in rows, with one channel in grey, with three in colour; return the ``AxesImage``.
+
+    ``images`` is a finite array (n, height, width, 1 or 3) with pixels from -1 (black) to 1; values beyond are clipped.
+    """
+    check_integer("num_columns", num_columns)
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must have shape (n, height, width, 1 or 3), got {images.shape}")
+    if not np.isfinite(images).all():
+        raise ValueError("images must be finite, got NaN or infinity among them")
+    num_rows = -(-len(images) // num_columns)
+    height, width, num_channels = images.shape[1:]
+    tiles = np.ones((num_rows * num_columns, height + 1, width + 1, num_channels))  # white lines between the images
+    tiles[: len(images), :height, :width] = (np.clip(images, -1, 1) + 1) / 2
+    rows = tiles.reshape(num_rows, num_columns, height + 1, width + 1, num_channels).swapaxes(1, 2)
+    picture = rows.reshape(num_rows * (height + 1), num_columns * (width + 1), num_channels)[:-1, :-1]
+    ax.set_axis_off()
+    return ax.imshow(picture.squeeze(-1) if num_channels == 1 else picture, cmap="gray", vmin=0, vmax=1)
+
+
+def label_coverage(labels, probabilities):
+    """Compare the labels that a classifier gives to generated samples with the probabilities of the labels.
+
+    The measure of the Stacked MNIST literature (arXiv:1611.02163): of the shares q of the labels, how many are not
+    zero, and the reverse KL divergence sum q log(q / p). n independent labels from p themselves have a divergence of
+    about (number of labels - 1) / (2 n).
+
+    Args:
+        labels: integers (n,) from 0 on.
+        probabilities: (number of labels,), those of the data.
+
+    Returns:
+        The number of labels that occur, and the KL divergence in nats; infinite if a label of probability 0 occurs.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    if probabilities.ndim != 1 or not (probabilities >= 0).all() or abs(probabilities.sum() - 1) > 1e-6:
+        raise ValueError(f"probabilities must be numbers (n,) of at least 0 that sum to 1, got {probabilities!r}")
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be integers (n,), got {labels.dtype} of shape {labels.shape}")
+    if labels.min() < 0 or labels.max() >= len(probabilities):
+        raise ValueError(f"labels must be from 0 to {len(probabilities) - 1}, got {labels.min()} to {labels.max()}")
+    shares = np.bincount(labels, minlength=len(probabilities)) / len(labels)
+    return int(np.count_nonzero(shares)), float(rel_entr(shares, probabilities).sum())

@@ -7,7 +7,6 @@ from scipy import stats
 from egm_dde.evaluation import (
     density_metrics,
     fisher_information,
-    label_coverage,
     minimum_denoising_loss,
     mode_shares,
     results_row,
@@ -618,37 +617,3 @@ def test_bad_samplers_are_refused():
         row_of("rings", lambda n: np.zeros((7, 2)))
     with pytest.raises(ValueError, match=r"n_samples must be an integer of at least 10, got 9"):
         row_of("rings", n_samples=9)
-
-
-# --- Labels ---
-
-
-def test_label_coverage_is_the_reverse_kl_divergence():
-    probabilities = np.array([0.5, 0.25, 0.25, 0.0])
-    covered, divergence = label_coverage([0, 0, 0, 1], probabilities)
-    assert covered == 2
-    np.testing.assert_allclose(divergence, stats.entropy([0.75, 0.25, 0], [0.5, 0.25, 0.25]))
-    assert label_coverage([0, 1, 2, 0], probabilities) == (3, 0.0)
-    assert label_coverage([0, 3], probabilities) == (2, np.inf)
-
-
-def test_label_coverage_of_a_thousand_right_labels_is_its_floor():
-    labels = np.random.default_rng(0).integers(1000, size=26_000)
-    covered, divergence = label_coverage(labels, np.full(1000, 1e-3))
-    assert covered == 1000
-    np.testing.assert_allclose(divergence, 999 / 52_000, rtol=0.2)
-
-
-def test_bad_labels_are_refused():
-    half = [0.5, 0.5]
-    for labels, message in (
-        ([0, 2], "labels must be from 0 to 1, got 0 to 2"),
-        ([-1, 0], "labels must be from 0 to 1, got -1 to 0"),
-        ([0.0, 1.0], "labels must be integers .*, got float64"),
-        ([], "labels must be integers"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            label_coverage(labels, half)
-    for probabilities in ([0.5, 0.4], [1.5, -0.5], [[1.0]]):
-        with pytest.raises(ValueError, match="that sum to 1"):
-            label_coverage([0], probabilities)

@@ -5,10 +5,11 @@ import math
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy.special import logsumexp
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import entropy, multivariate_normal, norm
 
-from image_data import load_images, stack_channels
+from image_data import label_coverage, load_images, plot_images, stack_channels
 from tabular_data import (
     KNOWN_DENSITIES,
     LOCAL_DATASETS,
@@ -267,3 +268,67 @@ def test_celeba_with_one_image(tmp_path):
 def test_unknown_images():
     with pytest.raises(ValueError, match="digits, stacked_digits, mnist, stacked_mnist, celeba; got 'cifar'"):
         load_images("cifar")
+
+
+@pytest.fixture
+def ax():
+    return Figure().add_subplot()
+
+
+def test_images_stand_side_by_side_in_rows_from_the_top(ax):
+    images = np.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3, 1)
+    picture = plot_images(ax, images, num_columns=3).get_array()
+    assert picture.shape == (2 * 3 - 1, 3 * 4 - 1)
+    for index, image in enumerate(images):
+        row, column = divmod(index, 3)
+        np.testing.assert_allclose(picture[3 * row :][:2, 4 * column :][:, :3], (image[..., 0] + 1) / 2)
+    assert (picture[2] == 1).all()  # white between the rows, and where there is no image
+    assert (picture[3:, 8:] == 1).all()
+
+
+def test_images_in_colour_are_clipped(ax):
+    images = np.array([[[[-3.0, 0.0, 7.0]]]])
+    plot_images(ax, images)
+    np.testing.assert_allclose(ax.images[0].get_array()[0, 0], [0, 0.5, 1])
+    assert not ax.axison
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 2), (0, 8, 8, 1)])
+def test_what_is_no_image_is_not_drawn(ax, shape):
+    with pytest.raises(ValueError, match=r"images must have shape \(n, height, width, 1 or 3\), got"):
+        plot_images(ax, np.zeros(shape))
+    with pytest.raises(ValueError, match="images must be finite"):
+        plot_images(ax, np.full((1, 2, 2, 1), np.nan))
+    with pytest.raises(ValueError, match="num_columns must be an integer of at least 1, got 0"):
+        plot_images(ax, np.zeros((1, 2, 2, 1)), num_columns=0)
+
+
+def test_label_coverage_is_the_reverse_kl_divergence():
+    probabilities = np.array([0.5, 0.25, 0.25, 0.0])
+    covered, divergence = label_coverage([0, 0, 0, 1], probabilities)
+    assert covered == 2
+    np.testing.assert_allclose(divergence, entropy([0.75, 0.25, 0], [0.5, 0.25, 0.25]))
+    assert label_coverage([0, 1, 2, 0], probabilities) == (3, 0.0)
+    assert label_coverage([0, 3], probabilities) == (2, np.inf)
+
+
+def test_label_coverage_of_a_thousand_right_labels_is_its_floor():
+    labels = np.random.default_rng(0).integers(1000, size=26_000)
+    covered, divergence = label_coverage(labels, np.full(1000, 1e-3))
+    assert covered == 1000
+    np.testing.assert_allclose(divergence, 999 / 52_000, rtol=0.2)
+
+
+def test_bad_labels_are_refused():
+    half = [0.5, 0.5]
+    for labels, message in (
+        ([0, 2], "labels must be from 0 to 1, got 0 to 2"),
+        ([-1, 0], "labels must be from 0 to 1, got -1 to 0"),
+        ([0.0, 1.0], "labels must be integers .*, got float64"),
+        ([], "labels must be integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            label_coverage(labels, half)
+    for probabilities in ([0.5, 0.4], [1.5, -0.5], [[1.0]]):
+        with pytest.raises(ValueError, match="that sum to 1"):
+            label_coverage([0], probabilities)

@@ -243,8 +243,8 @@ def test_gifs_are_shown_inline(bar_values, browser, folder, screenshots):
         width, height = wait_for(lambda name=name: image_size(browser, name), 20)
         assert (height, width) == iio.imread(folder / "example_images" / name).shape[1:3]
     script = """
-        const films = [...document.querySelectorAll(".jp-OutputArea img")].filter((image) => image.alt.endsWith(".gif"));
-        return films.map((image) => image.offsetTop);
+        const films = document.querySelectorAll('.jp-OutputArea img[alt$=".gif"]');
+        return [...films].map((image) => image.offsetTop);
     """
     assert len(set(browser.execute_script(script)[:3])) == 1  # side by side
     browser.save_screenshot(screenshots / "gifs.png")

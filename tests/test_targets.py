@@ -89,5 +89,6 @@ def test_latents_of_a_batch_are_normal_and_spread_evenly(dim):
     assert shares.std() < 0.5 * np.sqrt(0.25 * 0.75 / 200)
     assert (z.mean(axis=1).std(axis=0) < 0.5 / np.sqrt(200)).all()
     # In no other pair of coordinates are they worse than independent ones.
-    products = np.einsum("bni,bnj->bij", z, z)[:, *np.triu_indices(dim, 1)] / 200
+    rows, columns = np.triu_indices(dim, 1)
+    products = np.einsum("bni,bnj->bij", z, z)[:, rows, columns] / 200
     assert (products.std(axis=0) < 1.2 / np.sqrt(200)).all()

@@ -188,37 +188,6 @@ def test_score_is_drawn_over_the_density(ax):
     assert image.get_array().max() == pytest.approx(1 / (2 * np.pi), rel=0.01)
 
 
-# Images
-
-
-def test_images_stand_side_by_side_in_rows_from_the_top(ax):
-    images = np.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3, 1)
-    picture = visualization.plot_images(ax, images, num_columns=3).get_array()
-    assert picture.shape == (2 * 3 - 1, 3 * 4 - 1)
-    for index, image in enumerate(images):
-        row, column = divmod(index, 3)
-        np.testing.assert_allclose(picture[3 * row :][:2, 4 * column :][:, :3], (image[..., 0] + 1) / 2)
-    assert (picture[2] == 1).all()  # white between the rows, and where there is no image
-    assert (picture[3:, 8:] == 1).all()
-
-
-def test_images_in_colour_are_clipped(ax):
-    images = np.array([[[[-3.0, 0.0, 7.0]]]])
-    visualization.plot_images(ax, images)
-    np.testing.assert_allclose(ax.images[0].get_array()[0, 0], [0, 0.5, 1])
-    assert not ax.axison
-
-
-@pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 2), (0, 8, 8, 1)])
-def test_what_is_no_image_is_not_drawn(ax, shape):
-    with pytest.raises(ValueError, match=r"images must have shape \(n, height, width, 1 or 3\), got"):
-        visualization.plot_images(ax, np.zeros(shape))
-    with pytest.raises(ValueError, match="images must be finite"):
-        visualization.plot_images(ax, np.full((1, 2, 2, 1), np.nan))
-    with pytest.raises(ValueError, match="num_columns must be an integer of at least 1, got 0"):
-        visualization.plot_images(ax, np.zeros((1, 2, 2, 1)), num_columns=0)
-
-
 # Frames and GIFs
 
 
