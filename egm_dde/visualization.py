@@ -290,14 +290,14 @@ class ProgressBar(keras.callbacks.Callback):
             return
         num_epochs = self._epoch + 1 - self._first_epoch
         duration = format_duration(time.monotonic() - self._start)
-        self._show(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs)
+        self._show(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs, is_last=True)
 
-    def _show(self, fraction, heading, logs, ending=""):
+    def _show(self, fraction, heading, logs, ending="", is_last=False):
         text = ", ".join([heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]) + ending
         bar = f'<progress value="{fraction:.4f}" max="1" style="width: 20em"></progress>'
         shown = {"text/plain": text, "text/html": f"<div>{bar} {html.escape(text)}</div>"}
         if self._display is None:
-            if fraction == 1:
+            if is_last:
                 print(text)
         elif self._handle is None:
             self._handle = self._display(shown, raw=True, display_id=True)

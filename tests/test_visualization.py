@@ -191,20 +191,6 @@ def test_score_is_drawn_over_the_density(ax):
 # Frames and GIFs
 
 
-@pytest.mark.parametrize("num_epochs", [1, 2, 49, 50, 51, 60, 200, 1000, 100_000])
-@pytest.mark.parametrize("num_frames", [2, 3, 50])
-def test_frame_epochs(num_epochs, num_frames):
-    epochs = visualization.frame_epochs(num_epochs, num_frames)
-    assert len(epochs) == min(num_epochs, num_frames)
-    assert epochs[0] == 1 and epochs[-1] == num_epochs
-    steps = np.diff(epochs)
-    assert (steps >= 1).all()
-    assert (np.diff(steps) >= -1).all()  # rounding aside, never finer again
-    if num_epochs >= 200 and num_frames == 50:
-        assert epochs[:5] == [1, 2, 3, 4, 5]
-        assert steps[-1] > 5
-
-
 def noise_frames(count, shape=(20, 30, 3)):
     return list(np.random.default_rng(0).integers(256, size=(count, *shape), dtype=np.uint8))
 
@@ -255,7 +241,7 @@ def test_gif_uses_fewer_colours_to_fit(tmp_path):
         decoded = iio.imread(tmp_path / "noise.gif")
         sizes.append((len(np.unique(decoded.reshape(-1, 3), axis=0)), (tmp_path / "noise.gif").stat().st_size))
     (most, largest), _, (fewest, smallest) = sizes
-    assert (most, fewest) == (256, 64)
+    assert (most, fewest) == (256, 32)
     assert smallest < 0.85 * largest
 
 
@@ -307,7 +293,7 @@ def recording_gif(path, **options):
     class Recorder(visualization.GifCallback):
         def _add_frame(self):
             super()._add_frame()
-            titles.append(self._axes.get_title())
+            titles.append(self._film.axes.get_title())
 
     return Recorder(path, draw, **options), titles, weights
 
@@ -316,51 +302,47 @@ def test_gif_callback_films_training(tmp_path, model):
     path = tmp_path / "images" / "weights.gif"
     callback, titles, weights = recording_gif(path, figure_size=(2, 2.5), dpi=60)
     initial = model.get_weights()[0].copy()
-    fit(model, callback, epochs=4)
-    assert titles == ["epoch 0", "epoch 1", "epoch 2", "epoch 3", "epoch 4"]
+    fit(model, callback, epochs=6)  # two steps each
+    assert titles == ["step 0", "step 5", "step 10", "step 12"]
     np.testing.assert_array_equal(weights[0], initial)
     np.testing.assert_array_equal(weights[-1], model.get_weights()[0])
-    assert iio.imread(path).shape == (5, 150, 120, 3)
-    assert gif_durations(path) == [100] * 4 + [1500]
+    assert iio.imread(path).shape == (4, 150, 120, 3)
+    assert gif_durations(path) == [100] * 3 + [1500]
     assert iio.immeta(path)["loop"] == 0
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_gif_callback_spreads_its_frames(tmp_path, model):
-    callback = visualization.GifCallback(tmp_path / "a.gif", lambda axes, _: axes.set_axis_off(), figure_size=(1, 1))
-    callback.set_model(model)
-    callback.set_params({"epochs": 1000, "steps": 1})
+def film_steps(path, num_epochs, steps, first_epoch=0):
+    """The steps at which a run is filmed."""
+    callback, titles, _ = recording_gif(path, figure_size=(1, 1), dpi=40)
+    callback.draw = lambda axes, _: axes.set_axis_off()
+    callback.set_params({"epochs": num_epochs, "steps": steps})
     callback.on_train_begin()
-    for epoch in range(1000):
+    for epoch in range(first_epoch, num_epochs):
         callback.on_epoch_begin(epoch)
-        callback.on_epoch_end(epoch)
+        for batch in range(steps):
+            callback.on_train_batch_end(batch)
     callback.on_train_end()
-    assert len(iio.imread(tmp_path / "a.gif")) == 51
+    return [int(title.removeprefix("step ")) for title in titles]
 
 
-@pytest.mark.parametrize(
-    ("epochs", "options", "expected"),
-    [
-        ([2, 4], {"epochs": 6}, [0, 2, 4, 6]),
-        ([], {"epochs": 3}, [0, 3]),
-        ([1, 5, 6, 9], {"epochs": 7, "initial_epoch": 4}, [4, 5, 6, 7]),
-        (None, {"epochs": 7, "initial_epoch": 4}, [4, 5, 6, 7]),
-    ],
-)
-def test_gif_callback_epochs(tmp_path, model, epochs, options, expected):
-    callback, titles, _ = recording_gif(tmp_path / "a.gif", epochs=epochs, figure_size=(1, 1), dpi=40)
-    for _ in range(2):  # a callback can be used again
-        titles.clear()
-        fit(model, callback, **options)
-        assert titles == [f"epoch {epoch}" for epoch in expected]
-        assert len(iio.imread(tmp_path / "a.gif")) == len(expected)
+def test_frames_are_spaced_like_the_logarithm_of_the_step(tmp_path):
+    filmed = film_steps(tmp_path / "a.gif", num_epochs=100, steps=50)
+    assert filmed[:8] == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert filmed[-1] == 5000
+    assert 40 <= len(filmed) <= 55
+    late = np.array(filmed[10:-1])
+    assert late[1:] / late[:-1] == pytest.approx(1.15, abs=0.02)
+    assert film_steps(tmp_path / "b.gif", 4, 50, first_epoch=2) == [100, 115, 133, 153, 176, 200]  # a resumed run
 
 
-def test_gif_callback_shows_the_end_of_a_run_that_stops_early(tmp_path, model):
-    callback, titles, _ = recording_gif(tmp_path / "a.gif", epochs=[1, 9], figure_size=(1, 1), dpi=40)
+def test_gif_callback_can_be_used_again_and_shows_the_end_of_a_run_that_stops_early(tmp_path, model):
+    callback, titles, _ = recording_gif(tmp_path / "a.gif", figure_size=(1, 1), dpi=40)
     stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 2))
-    model.fit(DATA, DATA[:, :1], epochs=9, verbose=0, callbacks=[callback, stop])
-    assert titles == ["epoch 0", "epoch 1", "epoch 3"]
+    for _ in range(2):
+        titles.clear()
+        model.fit(DATA, DATA[:, :1], batch_size=4, epochs=9, verbose=0, callbacks=[callback, stop])
+        assert titles == ["step 0", "step 5", "step 6"]
 
 
 def test_gif_callback_without_anything_to_train_writes_nothing(tmp_path, model):
@@ -369,21 +351,20 @@ def test_gif_callback_without_anything_to_train_writes_nothing(tmp_path, model):
     assert titles == [] and list(tmp_path.iterdir()) == []
 
 
-def test_axes_stay_where_they_are_and_titles_are_kept(tmp_path, model):
-    boxes, titles = [], []
+def test_axes_stay_where_they_are_and_titles_are_kept():
+    film = visualization.Film(figure_size=(4.0, 4.4), dpi=90)
 
-    def draw(axes, model):
+    def draw(axes, title):
         visualization.plot_density(axes, gaussian_log_density((0, 0), (1, 1)), resolution=10)
-        axes.set_title("density")
+        axes.set_title(title)
 
-    class Recorder(visualization.GifCallback):
-        def _add_frame(self):
-            super()._add_frame()
-            boxes.append(self._axes.get_window_extent().bounds)
-            titles.append(self._axes.get_title())
-
-    fit(model, Recorder(tmp_path / "a.gif", draw), epochs=10, initial_epoch=8)
-    assert titles == ["density, epoch 8", "density, epoch 9", "density, epoch 10"]
+    boxes, titles = [], []
+    for number in range(3):
+        film.add_frame(draw, "density" * (number < 2), caption=f"step {number}")
+        boxes.append(film.axes.get_window_extent().bounds)
+        titles.append(film.axes.get_title())
+    assert titles == ["density, step 0", "density, step 1", "step 2"]
+    assert np.shape(film.frames) == (3, 396, 360, 3)
     assert len(set(boxes)) == 1
     assert boxes[0][2] == pytest.approx(boxes[0][3])  # square
     assert boxes[0][2] > 0.85 * 360  # and not a stamp within wide margins
@@ -411,14 +392,15 @@ class Notebook:
     def __init__(self):
         self.texts, self.htmls = [], []
 
-    def __call__(self, progress, display_id):
+    def __call__(self, shown, raw, display_id):
         assert display_id is True and not self.texts  # displayed once, updated later
-        self.update(progress)
+        self.update(shown, raw)
         return self
 
-    def update(self, progress):
-        self.texts.append(repr(progress))
-        self.htmls.append(progress._repr_html_())
+    def update(self, shown, raw):
+        assert raw is True
+        self.texts.append(shown["text/plain"])
+        self.htmls.append(shown["text/html"])
 
 
 @pytest.fixture
@@ -455,18 +437,16 @@ def test_progress_bar_text(notebook, clock):
             bar.on_train_batch_end(batch, {"gen_loss": np.float32(784.3219)})
         bar.on_epoch_end(epoch, {"gen_loss": 0.123456, "loss<real>": 1234.5})
     bar.on_train_end()
-    assert notebook.texts[:5] == [
+    assert notebook.texts[:3] == [
         "epoch 1/100",  # before the first step
-        "epoch 1/100, gen_loss 784.3",  # no pace yet
-        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 1 min 39 s to go",
-        "epoch 1/100, gen_loss 0.1235, loss<real> 1234, 1 min 39 s to go",
+        "epoch 1/100, gen_loss 784.3, 1 min 39 s to go",  # the first step sets no pace
         "epoch 2/100, gen_loss 784.3, 1 min 38 s to go",
     ]
-    assert "epoch 12/100, gen_loss 0.1235, loss<real> 1234, 1 min 28 s to go" in notebook.texts
+    assert "epoch 12/100, gen_loss 784.3, 1 min 28 s to go" in notebook.texts
     assert notebook.texts[-1] == "100 epochs in 1 min 50 s, gen_loss 0.1235, loss<real> 1234"
-    assert notebook.htmls[4] == (
-        '<div><progress value="0.0150" max="1" style="width: 20em"></progress> '
-        "epoch 2/100, gen_loss 784.3, 11.0 s elapsed, 1 min 38 s to go</div>"
+    assert notebook.htmls[1] == (
+        '<div><progress value="0.0100" max="1" style="width: 20em"></progress> '
+        "epoch 1/100, gen_loss 784.3, 1 min 39 s to go</div>"
     )
     assert 'value="1.0000"' in notebook.htmls[-1] and "loss&lt;real&gt;" in notebook.htmls[-1]
 
@@ -561,9 +541,6 @@ BAD_CALLS = {
     r"score must return shape \(1600, 2\) .* got \(3, 2\)": lambda ax: visualization.plot_score(
         ax, lambda points: POINTS
     ),
-    "num_epochs must be an integer of at least 1, got 0": lambda ax: visualization.frame_epochs(0),
-    "num_epochs must be an integer of at least 1, got 2.0": lambda ax: visualization.frame_epochs(2.0),
-    "num_frames must be an integer of at least 2, got 1": lambda ax: visualization.frame_epochs(9, 1),
     r"frames must be uint8 images .* got \[\]": lambda ax: visualization.write_gif("a.gif", []),
     r"frames must be uint8 images .* got \[\('float64', \(4, 4, 3\)\)\]": lambda ax: visualization.write_gif(
         "a.gif", np.zeros((2, 4, 4, 3))
@@ -575,12 +552,11 @@ BAD_CALLS = {
         visualization.write_gif("a.gif", noise_frames(1), frame_duration=0)
     ),
     "draw must be a callable": lambda ax: visualization.GifCallback("a.gif", None),
-    "epochs must be an integer of at least 1, got 0": lambda ax: visualization.GifCallback("a.gif", no_draw, [3, 0]),
     "figure_size must be a positive finite number, got -1": lambda ax: visualization.GifCallback(
         "a.gif", no_draw, figure_size=(3, -1)
     ),
     "last_frame_duration must be a finite number of at least 0.02 and less than 655.355, got inf": lambda ax: (
-        visualization.GifCallback("a.gif", no_draw, last_frame_duration=np.inf)
+        visualization.write_gif("a.gif", noise_frames(1), last_frame_duration=np.inf)
     ),
     "every_seconds must be a finite number of at least 0, got -1": lambda ax: visualization.ProgressBar(-1),
 }
