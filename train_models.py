@@ -36,15 +36,7 @@ FOLDER = Path(__file__).parent / "example_models"
 
 
 def build_egm(seed=0, epochs=EPOCHS):
-    """Build the compiled generative model.
-
-    Args:
-        seed: integer that fixes initial weights, latents and noise.
-        epochs: length of the training, in epochs of ``STEPS_PER_EPOCH`` steps.
-
-    Returns:
-        A compiled ``EGM``.
-    """
+    """Build the compiled model for a training of so many epochs; the seed fixes initial weights, latents and noise."""
 
     def build_dde(seed):
         return DDE(build_energy_net(noise_conditional=True, seed=seed), NOISE_RANGE, seed=seed)
@@ -73,17 +65,7 @@ def make_batches(dataset, seed=0):
 
 
 def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
-    """Train the generative model on a data set.
-
-    Args:
-        dataset: one of ``utils.DATASETS``.
-        seed: integer that fixes everything that is drawn.
-        epochs: length of the training, in epochs of ``STEPS_PER_EPOCH`` steps.
-        **options: for ``keras.Model.fit``, such as ``callbacks``.
-
-    Returns:
-        The trained ``EGM``.
-    """
+    """Train the model on a data set; options are those of ``keras.Model.fit``, such as ``callbacks``."""
     egm = build_egm(seed, epochs)
     options = {"epochs": epochs, "steps_per_epoch": STEPS_PER_EPOCH, "verbose": 0, **options}
     egm.fit(make_batches(dataset, seed), **options)
@@ -107,10 +89,7 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
 
 
 def save_without_optimizers(model, path):
-    """Save a model to a ``.keras`` file without the state of its optimizers, which is most of the file.
-
-    The file loads in Keras 3.8 and newer, whatever version writes it.
-    """
+    """Save a model without the state of its optimizers, most of the file, so that Keras 3.8 and newer load it."""
     config = model.get_config()
     for part in config.values():
         if isinstance(part, dict):  # a DDE that was compiled would come back with an optimizer

@@ -51,6 +51,9 @@ def sample_2d_data(dataset, n_samples, rng=None):
 
     Returns:
         float32 array (n_samples, 2); the rows are independent and identically distributed.
+
+    Raises:
+        ValueError: for arguments that are not as above.
     """
     sample, _ = _look_up(dataset)
     n_samples = check_integer("n_samples", n_samples)
@@ -64,9 +67,8 @@ def sample_2d_data(dataset, n_samples, rng=None):
 def noisy_density_2d(dataset, points, noise_std):
     """Evaluate the exact density of ``data + N(0, noise_std^2 I)``, the noisy density of arXiv:2001.02728, Eq. 2.
 
-    No samples are involved: Gaussians stay Gaussians, a square becomes a product of differences of normal
-    distribution functions, a ring becomes a Bessel function, and the spirals are a one-dimensional
-    Gauss-Legendre quadrature over the angle.
+    No samples are involved: Gaussians stay Gaussians, a square becomes a product of differences of normal distribution
+    functions, a ring becomes a Bessel function, and the spirals are a Gauss-Legendre quadrature over the angle.
 
     Args:
         dataset: one of ``DATASETS``.
@@ -75,6 +77,9 @@ def noisy_density_2d(dataset, points, noise_std):
 
     Returns:
         float64 array (n,): probability per unit area.
+
+    Raises:
+        ValueError: for arguments that are not as above.
     """
     _, density = _look_up(dataset)
     points = check_points("points", points, (2,), "float64")

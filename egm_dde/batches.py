@@ -11,21 +11,15 @@ BATCHES_PER_BLOCK = 64  # of an array are put in order in one go
 
 
 def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
-    """Make batches of an array; each pass over it has an order of its own.
+    """Make batches of an array (n, *event); each pass over it has an order of its own.
 
-    The order of a pass is a function of the model's seed and of the number of steps made before the pass.
-
-    Args:
-        model: the ``Trainable`` that the batches are for.
-        x: array (n, *event).
-        batch_size: number of points in a batch. On several devices, points that fill no batch are left out.
-        shuffle: whether the order is random.
-        steps_per_epoch: number of batches in an epoch. An epoch then begins within a pass, where the last one stopped.
-            None is one pass.
+    The order of a pass is a function of the model's seed and of the number of steps made before the pass. On several
+    devices, points that fill no batch are left out. With ``steps_per_epoch``, an epoch begins within a pass where the
+    last one stopped; None is one pass.
 
     Returns:
-        ``tf.data.Dataset`` of the batches (batch, *event) of one epoch, which each iteration reads the model's number
-        of steps for, and their number.
+        ``tf.data.Dataset`` of the batches of one epoch, which each iteration reads the model's number of steps for, and
+        their number.
     """
     num_replicas = model.distribute_strategy.num_replicas_in_sync
     batches_per_pass = len(x) // batch_size if num_replicas > 1 else math.ceil(len(x) / batch_size)

@@ -250,22 +250,11 @@ def results_row(
     rng=None,
     n_samples=2_000_000,
 ):
-    """Compute every metric of a trained model: one row of a results table.
+    """Compute every metric of a trained model, as a dict of floats: one row of a results table.
 
-    Args:
-        log_density: the model's log density of the noisy real data, as in ``density_metrics``.
-        sampler: callable, n -> clean generated samples (n, 2); called once, with ``n_samples``.
-        exact_density: callable as in ``density_metrics``.
-        sample_real: callable as in ``sample_metrics``.
-        noise_std: standard deviation of the noise, in data units.
-        distances_to_modes: callable, points (n, 2) -> distances (n, number of modes); None for data without modes.
-        rng: a ``numpy.random.Generator``, an integer seed, or None.
-        n_samples: number of generated samples, an integer of at least 10.
-
-    Returns:
-        dict of floats: ``density_tv``, ``density_kl``; ``generator_tv``, ``generator_kl`` and ``sliced_wasserstein``,
-        each with its ``..._floor``; the standard errors and the ratio of the last; ``smallest_mode_share`` and
-        ``largest_mode_share``, which are NaN without ``distances_to_modes``.
+    ``log_density``, ``exact_density`` and ``sample_real`` are as in ``density_metrics`` and ``sample_metrics``.
+    ``sampler`` maps n to clean generated samples (n, 2), and ``distances_to_modes`` points (n, 2) to distances (n,
+    number of modes); it is None for data without modes, whose shares are NaN. ``n_samples`` is at least 10.
     """
     n_samples = check_integer("n_samples", n_samples, SMALLEST_NUM_PAIRS)
     rng = np.random.default_rng(rng)

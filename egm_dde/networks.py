@@ -216,7 +216,7 @@ def build_generator(  # noqa: D417
     initializers = _initializers("HeNormal" if activation == "relu" else "GlorotUniform", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
-    if num_cuts:
+    if checks.check_integer("num_cuts", num_cuts, smallest=0):
         hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed + 1)(z)])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     is_correction = latent_dim == dim

@@ -405,6 +405,20 @@ def test_each_network_has_an_optimizer_of_its_own(dde_steps):
         assert all(np.any(variable.numpy()) for variable in optimizer.variables)
 
 
+def test_the_real_dde_may_take_other_steps_with_another_optimizer(tmp_path):
+    real, fake, generator = egm_parts()
+    egm = EGM(real, fake, generator, dde_steps=3, real_steps=2, seed=1)
+    egm.compile(Adam(0.02), Adam(0.03), Adam(0.04), run_eagerly=True)
+    egm.fit(normal(10, 2), batch_size=5, verbose=0)
+    assert (egm.dde_real.num_steps, egm.dde_fake.num_steps, egm.num_steps) == (4, 6, 2)
+    egm.save(tmp_path / "egm.keras")
+    loaded = EGM.load(tmp_path / "egm.keras")
+    for model in (egm, loaded):
+        rates = [float(optimizer.learning_rate) for optimizer in optimizers_of(model)]
+        assert rates == pytest.approx([0.04, 0.02, 0.03])
+        assert (model.dde_steps, model.real_steps) == (3, 2)
+
+
 @pytest.mark.parametrize("optimizer", [RMSprop(0.01), "rmsprop", None])
 def test_one_optimizer_or_none_may_be_given_for_both(optimizer):
     dde, egm = make_dde("fixed"), make_egm()
