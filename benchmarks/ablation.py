@@ -8,7 +8,6 @@ line of ``ablation.csv``.
 
 import argparse
 import contextlib
-import functools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -73,7 +72,6 @@ VARIANTS = {
     "independent latents": ([(generation, "spread_latents", plain_latents)], {}),
     "no moving average": ([], {"average_decay": 0.0}),
     "two steps for each DDE": ([], {"dde_steps": 2, "real_steps": 2}),
-    "generator cannot tear": ([], {"build_generator": functools.partial(build_generator, num_cuts=0)}),
     "no Fourier features of points": ([], {"num_features": 0}),
     "features not damped": ([(networks.RandomFourierFeatures, "call", undamped)], {}),
     "no base measure": ([(networks.GaussianLogDensity, "call", no_base_measure)], {}),

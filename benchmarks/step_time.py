@@ -1,7 +1,7 @@
 """Time of one training step: ours in TensorFlow, and the same step written the usual way in PyTorch and JAX.
 
 Same networks and initial weights, batch, noise levels, inner steps and optimizers (two steps of each density and one
-of a continuous generator); each framework draws its own random numbers the way its users do, and has the same settings
+of the generator); each framework draws its own random numbers the way its users do, and has the same settings
 of the memory allocator. Every framework has a process of its own, and they take turns: a machine that slows down slows
 them all down. Before any time is taken, all must return the same losses on the same draws.
 
@@ -62,7 +62,7 @@ def build_model():
     ddes = (
         DDE(build_energy_net(noise_conditional=True, seed=seed), train_models.NOISE_RANGE, seed=seed) for seed in (0, 1)
     )
-    model = EGM(*ddes, build_generator(num_cuts=0, seed=2), dde_steps=2, seed=0)
+    model = EGM(*ddes, build_generator(seed=2), dde_steps=2, seed=0)
     train_models.compile_egm(model, NUM_STEPS)
     return model
 

@@ -64,37 +64,6 @@ class RandomFourierFeatures(_ExactLayer):
         return (*x_shape[:-1], x_shape[-1] + 2 * self.num_features)
 
 
-@_register
-class RandomCuts(_ExactLayer):
-    """Map z to the sides of random hyperplanes that it lies on: sign(z W + b), unit columns of W, b ~ N(0, scale^2).
-
-    A continuous generator leaves bridges between separate parts of the data, because it maps the connected latents to a
-    connected set. One that has these features can tear along the hyperplanes, where it needs to.
-
-    Args:
-        num_cuts: number of hyperplanes.
-        scale: standard deviation of their distances from the origin.
-        seed: integer that fixes them.
-    """
-
-    options = ("num_cuts", "scale", "seed")
-
-    def __init__(self, num_cuts=64, scale=0.7, seed=0, **kwargs):
-        super().__init__(**kwargs)
-        self.num_cuts, self.scale, self.seed = num_cuts, scale, seed
-
-    def build(self, z_shape):
-        self.directions = self.add_normal("directions", (z_shape[-1], self.num_cuts), 1.0, self.seed)
-        self.offsets = self.add_normal("offsets", (self.num_cuts,), self.scale, self.seed + 1)
-
-    def call(self, z):
-        directions = self.directions / keras.ops.norm(self.directions, axis=0)
-        return keras.ops.cast(keras.ops.sign(keras.ops.matmul(z, directions) + self.offsets), self.compute_dtype)
-
-    def compute_output_shape(self, z_shape):
-        return (*z_shape[:-1], self.num_cuts)
-
-
 class _NoisyGaussianLayer(_ExactLayer):
     """A layer that knows the variance of noisy points; ``data_std`` is that of the clean ones, roughly, data units."""
 
@@ -191,11 +160,10 @@ def build_generator(  # noqa: D417
     activation="relu",
     num_features=64,
     feature_scale=2.0,
-    num_cuts=64,
     data_std=2.0,
     seed=0,
 ):
-    """Build the generator: random features of a standard normal latent, dense layers, a point.
+    """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
 
     If the latent has as many coordinates as the point, the layers correct the map ``data_std * z``: the generator
     starts as a Gaussian about as wide as the data, without folds, and moves every point to data near by.
@@ -205,7 +173,6 @@ def build_generator(  # noqa: D417
         dim, widths, feature_scale, data_std, seed: as in ``build_energy_net``.
         activation: any activation; the generator needs no smooth derivative.
         num_features: number of random Fourier features of the latent.
-        num_cuts: number of random hyperplanes along which the generator can tear, or 0 for a continuous one.
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
@@ -216,8 +183,6 @@ def build_generator(  # noqa: D417
     initializers = _initializers("HeNormal" if activation == "relu" else "GlorotUniform", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
-    if checks.check_integer("num_cuts", num_cuts, smallest=0):
-        hidden = keras.layers.Concatenate()([hidden, RandomCuts(num_cuts, seed=seed + 1)(z)])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     is_correction = latent_dim == dim
     last = keras.initializers.VarianceScaling(0.01, seed=seed) if is_correction else next(initializers)

@@ -42,11 +42,6 @@ REFUSED = {
         INTEGERS,
     ),
     "real_steps": (lambda v: EGM(*egm_parts(), real_steps=v), SIZE.format("real_steps"), [0, -1, 2.5, True, "5"]),
-    "num_cuts": (
-        lambda v: build_generator(num_cuts=v),
-        "num_cuts must be an integer of at least 0, got ",
-        [-1, 2.5, True, "5", None],
-    ),
     "average_decay": (
         lambda v: EGM(*egm_parts(), average_decay=v),
         "average_decay must be a finite number of at least 0 and less than 1, got ",

@@ -9,7 +9,6 @@ from small_models import assert_equal_arrays, make_egm, normal, relative_error
 from egm_dde.networks import (
     GaussianLogDensity,
     NoiseScaling,
-    RandomCuts,
     RandomFourierFeatures,
     build_energy_net,
     build_generator,
@@ -160,7 +159,7 @@ COMPONENTS = normal(3, 8, 4, 2)
     ("build", "options", "changes", "event_shape"),
     [
         (build_energy_net, SMALL, CHANGES | {"activation": "silu"}, (2,)),
-        (build_generator, SMALL, CHANGES | {"activation": "tanh", "num_cuts": 3}, (2,)),
+        (build_generator, SMALL, CHANGES | {"activation": "tanh"}, (2,)),
         (
             build_image_energy_net,
             IMAGES,
@@ -212,28 +211,3 @@ def test_image_generator_starts_as_a_linear_map(filters):
     assert y.shape == (500, 8, 4, 2)
     assert relative_error(y, mean + np.einsum("nk,khwc->nhwc", z, COMPONENTS)) < 0.1
     assert sizes_of(generator, keras.layers.Conv2DTranspose, "filters") == [*filters[1:], 2][: len(filters)]
-
-
-def test_cuts_are_the_sides_of_random_hyperplanes():
-    layer = RandomCuts(50, scale=0.7, seed=3)
-    z = normal(400, 3)
-    sides = layer(z).numpy()
-    directions, offsets = (variable.numpy() for variable in (layer.directions, layer.offsets))
-    distances = z @ (directions / np.linalg.norm(directions, axis=0)) + offsets  # of each point from each hyperplane
-    np.testing.assert_array_equal(sides, np.sign(distances))
-    assert np.std(offsets) == pytest.approx(0.7, rel=0.35)
-    assert abs(np.corrcoef(directions, offsets)[-1, :-1]).max() < 0.5
-    frequencies = RandomFourierFeatures(50, 1.0, seed=2)
-    frequencies.build((None, 3))
-    assert abs(np.corrcoef(frequencies.frequencies.numpy().ravel(), directions.ravel())[0, 1]) < 0.3
-
-
-def test_a_generator_can_tear_along_its_cuts_alone():
-    for num_cuts in (0, 8):
-        generator = build_generator(num_cuts=num_cuts, seed=1)
-        weights = [normal(*weight.shape, seed=index) for index, weight in enumerate(generator.get_weights())]
-        generator.set_weights(weights)
-        line = np.stack([np.linspace(-3, 3, 60_001), np.full(60_001, 0.3)], axis=1).astype(np.float32)
-        steps = np.abs(np.diff(generator.predict(line, batch_size=10_000, verbose=0), axis=0)).max(axis=1)
-        jumps = np.sum(steps > 30 * np.median(steps))
-        assert jumps == 0 if num_cuts == 0 else 1 <= jumps <= num_cuts
