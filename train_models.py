@@ -1,7 +1,7 @@
 """Train the tutorial's model on every data set: ``make models``; or film it on one: ``make gifs``.
 
-The recipe is the notebook's, as functions: what the benchmarks measure and the ready-trained models are made with. The
-models are written to ``example_models/``, without the state of the optimizers, with one picture of all of them.
+The recipe is the notebook's, as functions for the benchmarks too. The models are written to ``example_models/``,
+without the state of the optimizers, with one picture of all of them.
 """
 
 import argparse
@@ -37,31 +37,24 @@ FOLDER = Path(__file__).parent / "example_models"
 
 def build_egm(seed=0, epochs=EPOCHS):
     """Build the compiled model for a training of so many epochs; the seed fixes initial weights, latents and noise."""
-
-    def build_dde(seed):
-        return DDE(build_energy_net(noise_conditional=True, seed=seed), NOISE_RANGE, seed=seed)
-
-    egm = EGM(build_dde(seed), build_dde(seed + 1), build_generator(seed=seed + 2), seed=seed, **EGM_OPTIONS)
+    nets = {each: build_energy_net(noise_conditional=True, seed=each) for each in (seed, seed + 1)}
+    ddes = (DDE(net, NOISE_RANGE, seed=each) for each, net in nets.items())
+    egm = EGM(*ddes, build_generator(seed=seed + 2), seed=seed, **EGM_OPTIONS)
     compile_egm(egm, epochs * STEPS_PER_EPOCH)
     return egm
 
 
 def compile_egm(egm, num_steps):
     """Give a model optimizers whose learning rates fall to zero along a cosine, in ``num_steps`` training steps."""
-
-    def adam(learning_rate, num_steps):
-        decay = keras.optimizers.schedules.CosineDecay(learning_rate, num_steps)
-        return keras.optimizers.Adam(decay, beta_1=0.5)
-
-    fake, real = (adam(5e-3, steps * num_steps) for steps in (egm.dde_steps, egm.real_steps))
-    egm.compile(fake, adam(2e-3, num_steps), real)
+    rates = (5e-3, egm.dde_steps), (2e-3, 1), (5e-3, egm.real_steps)  # with the steps in one of the model
+    decays = (keras.optimizers.schedules.CosineDecay(rate, steps * num_steps) for rate, steps in rates)
+    egm.compile(*(keras.optimizers.Adam(decay, beta_1=0.5) for decay in decays))
 
 
 def make_batches(dataset, seed=0):
     """Draw the training data; return an endless ``tf.data.Dataset`` of batches (BATCH_SIZE, 2) in random order."""
-    data = sample_2d_data(dataset, NUM_BATCHES * BATCH_SIZE, seed)
-    batches = tf.data.Dataset.from_tensor_slices(data.reshape(NUM_BATCHES, BATCH_SIZE, 2))
-    return batches.shuffle(NUM_BATCHES, seed=seed).repeat()
+    data = sample_2d_data(dataset, NUM_BATCHES * BATCH_SIZE, seed).reshape(NUM_BATCHES, BATCH_SIZE, 2)
+    return tf.data.Dataset.from_tensor_slices(data).shuffle(NUM_BATCHES, seed=seed).repeat()
 
 
 def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
@@ -74,17 +67,12 @@ def train_egm(dataset, seed=0, epochs=EPOCHS, **options):
 
 def measure(dataset, model, rng=None, n_samples=2_000_000):
     """Measure a trained ``EGM`` on a data set, at its lowest noise level; see ``evaluation.results_row``."""
-    rng = np.random.default_rng(rng)
-    noise_std = model.dde_real.noise_range[0]
+    rng, noise_std = np.random.default_rng(rng), model.dde_real.noise_range[0]
+    sampler, sample_real = partial(model.sample, seed=int(rng.integers(2**31))), partial(sample_2d_data, dataset)
+    exact_density = partial(noisy_density_2d, dataset, noise_std=noise_std)
+    modes = None if dataset == "2spirals" else partial(distances_to_modes, dataset)
     return evaluation.results_row(
-        model.dde_real.log_density,
-        partial(model.sample, seed=int(rng.integers(2**31))),
-        partial(noisy_density_2d, dataset, noise_std=noise_std),
-        partial(sample_2d_data, dataset),
-        noise_std,
-        distances_to_modes=None if dataset == "2spirals" else partial(distances_to_modes, dataset),
-        rng=rng,
-        n_samples=n_samples,
+        model.dde_real.log_density, sampler, exact_density, sample_real, noise_std, modes, rng, n_samples
     )
 
 
@@ -117,11 +105,8 @@ def drop_newer_settings(path):
 
 def make_films(dataset, folder, seed=0):
     """Make the callbacks that film the training: both densities on one colour scale, and the samples over the data."""
-
-    def exact_log_density(points):
-        return np.log(np.maximum(noisy_density_2d(dataset, points, NOISE_RANGE[0]), 1e-300))
-
-    max_density = visualization.grid_density(exact_log_density).max()
+    exact = partial(noisy_density_2d, dataset, noise_std=NOISE_RANGE[0])
+    max_density = visualization.grid_density(lambda points: np.log(np.maximum(exact(points), 1e-300))).max()
     data = sample_2d_data(dataset, 2000, seed)
 
     def draw_density(ax, model, name):
@@ -132,19 +117,16 @@ def make_films(dataset, folder, seed=0):
         visualization.plot_samples(ax, data, model.sample(len(data), seed=seed))
         ax.set_title("samples")
 
-    films = {
-        "den_real.gif": partial(draw_density, name="dde_real"),
-        "den_fake.gif": partial(draw_density, name="dde_fake"),
-        "samples.gif": draw_samples,
-    }
+    films = {f"den_{name}.gif": partial(draw_density, name=f"dde_{name}") for name in ("real", "fake")}
+    films["samples.gif"] = draw_samples
     return [visualization.GifCallback(Path(folder) / name, draw) for name, draw in films.items()]
 
 
 def draw_gallery(models):
     """Draw the density and samples of models, a dict by data set, as a Matplotlib figure."""
     figure = Figure(figsize=(3 * len(models), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(models))
-    for (ax_density, ax_samples), (dataset, model) in zip(axes.T, models.items(), strict=True):
+    axes = figure.subplots(2, len(models)).T
+    for (ax_density, ax_samples), (dataset, model) in zip(axes, models.items(), strict=True):
         visualization.plot_density(ax_density, model.dde_real.log_density)
         ax_density.set_title(dataset)
         visualization.plot_samples(ax_samples, sample_2d_data(dataset, 3000, 0), model.sample(3000, seed=0))

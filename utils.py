@@ -7,9 +7,8 @@ The four distributions are those of the published tutorial, which took them from
 * ``checkerboard``: uniform on the eight dark 2 x 2 squares of [-4, 4]^2.
 * ``rings``: four concentric rings of equal weight, blurred by Gaussian noise.
 
-What makes them worth learning from is that ``data + N(0, noise_std^2 I)``, the distribution a denoising density
-estimator is trained on, has a density that can be computed to machine precision: see ``noisy_density_2d``. All but
-the spirals have modes of equal weight, and ``distances_to_modes`` tells how far a point is from each.
+What a denoising density estimator learns, the density of ``data + N(0, noise_std^2 I)``, can be computed to machine
+precision: see ``noisy_density_2d``. All but the spirals have modes of equal weight: see ``distances_to_modes``.
 """
 
 import numpy as np
@@ -19,9 +18,8 @@ from scipy.special import i0e, ndtr, roots_legendre
 from egm_dde.checks import check_integer, check_interval, check_points
 
 GAUSSIAN_STD = 0.5 / np.sqrt(2)
-GAUSSIAN_CENTRES = (4 / np.sqrt(2)) * np.stack(
-    [np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], axis=1
-)  # (8, 2)
+_ANGLES = np.arange(8) * np.pi / 4
+GAUSSIAN_CENTRES = (4 / np.sqrt(2)) * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)  # (8, 2)
 
 SPIRAL_MAX_ANGLE = 3 * np.pi  # one and a half turns
 SPIRAL_SCALE = 1 / 3
@@ -30,30 +28,20 @@ SPIRAL_STD = 0.1
 
 SQUARE_SIZE = 2.0
 SQUARE_CORNERS = SQUARE_SIZE * np.array(
-    [(column, row) for column in range(-2, 2) for row in ((-2, 0) if column % 2 == 0 else (-1, 1))],
-    dtype=float,
+    [(column, row) for column in range(-2, 2) for row in ((-2, 0) if column % 2 == 0 else (-1, 1))], dtype=float
 )  # (8, 2), lower left corners of the dark squares
 
 RING_RADII = np.array([3.0, 2.25, 1.5, 0.75])
 RING_STD = 0.08
 
-# Memory bound of the quadrature for 2spirals: this many (point, node) pairs at a time.
-_PAIRS_PER_CHUNK = 2**19
+_PAIRS_PER_CHUNK = 2**19  # of points and nodes: bounds the memory of the quadrature for 2spirals
 
 
 def sample_2d_data(dataset, n_samples, rng=None):
-    """Draw independent samples of a toy distribution.
+    """Draw independent samples, a float32 array (n_samples, 2), of a toy distribution, one of ``DATASETS``.
 
-    Args:
-        dataset: one of ``DATASETS``: "8gaussians", "2spirals", "checkerboard", "rings".
-        n_samples: number of samples, an integer of at least 1.
-        rng: a ``numpy.random.Generator``, an integer seed, or None for fresh entropy.
-
-    Returns:
-        float32 array (n_samples, 2); the rows are independent and identically distributed.
-
-    Raises:
-        ValueError: for arguments that are not as above.
+    ``rng`` is a ``numpy.random.Generator``, an integer seed, or None for fresh entropy. Raises ValueError for arguments
+    that are not as described.
     """
     sample, _ = _look_up(dataset)
     n_samples = check_integer("n_samples", n_samples)
@@ -71,15 +59,12 @@ def noisy_density_2d(dataset, points, noise_std):
     functions, a ring becomes a Bessel function, and the spirals are a Gauss-Legendre quadrature over the angle.
 
     Args:
-        dataset: one of ``DATASETS``.
+        dataset: one of ``DATASETS``; ValueError is raised for another.
         points: array (n, 2) of finite coordinates, in data units.
         noise_std: standard deviation of the added noise, in data units; 0 gives the density of the clean data.
 
     Returns:
         float64 array (n,): probability per unit area.
-
-    Raises:
-        ValueError: for arguments that are not as above.
     """
     _, density = _look_up(dataset)
     points = check_points("points", points, (2,), "float64")
@@ -87,17 +72,13 @@ def noisy_density_2d(dataset, points, noise_std):
 
 
 def distances_to_modes(dataset, points):
-    """Compute the distance of every point from every mode: a Gaussian's centre, a dark square or a ring's circle.
+    """Compute the distances of points (n, 2) from the modes: a Gaussian's centre, a dark square or a ring's circle.
 
-    Points within a square are at the distance 0 from it. The modes have equal weight.
-
-    Args:
-        dataset: "8gaussians", "checkerboard" or "rings"; not "2spirals", whose arms are too close to tell apart.
-        points: array (n, 2) of finite coordinates, in data units.
+    Points within a square are at the distance 0 from it. "2spirals" is refused: its arms are too close to tell apart.
 
     Returns:
-        float64 array (n, number of modes), in data units; the columns are in the order of ``GAUSSIAN_CENTRES``,
-        ``SQUARE_CORNERS`` or ``RING_RADII``.
+        float64 array (n, number of modes), in data units, in the order of ``GAUSSIAN_CENTRES``, ``SQUARE_CORNERS`` or
+        ``RING_RADII``.
     """
     if not isinstance(dataset, str) or dataset not in ("8gaussians", "checkerboard", "rings"):
         raise ValueError(f"dataset must be one with modes: 8gaussians, checkerboard, rings; got {dataset!r}")
@@ -137,8 +118,8 @@ def _sample_spirals(n_samples, rng):
 
 def _spirals_density(points, noise_std):
     std = np.hypot(SPIRAL_STD, noise_std)
-    # The arm moves by at most pi per radian, so neighbouring nodes are at most about 0.6 std apart on it;
-    # the integrand is smooth on the scale of std, so the quadrature is exact to rounding.
+    # The arm moves by at most pi per radian, so neighbouring nodes are at most about 0.6 std apart on it; the integrand
+    # is smooth on the scale of std, so the quadrature is exact to rounding.
     num_nodes = int(np.ceil(45 / std)) + 64
     nodes, weights = roots_legendre(num_nodes)
     angles = SPIRAL_MAX_ANGLE * (nodes + 1) / 2
@@ -146,8 +127,7 @@ def _spirals_density(points, noise_std):
     corners = _spiral_corners(angles)
     # The second arm is the first one negated: evaluate the first arm at the points and at their mirror images.
     both = np.concatenate([points, -points])
-    arm = np.empty(len(both))
-    rows = max(1, _PAIRS_PER_CHUNK // num_nodes)
+    arm, rows = np.empty(len(both)), max(1, _PAIRS_PER_CHUNK // num_nodes)
     for start in range(0, len(both), rows):
         sides = []
         for coordinate, corner in zip(both[start : start + rows].T, corners.T, strict=True):
@@ -163,7 +143,8 @@ def _sample_checkerboard(n_samples, rng):
 
 
 def _checkerboard_density(points, noise_std):
-    return _box_density(points[:, None], SQUARE_CORNERS, SQUARE_SIZE, noise_std).mean(axis=-1)
+    sides = _interval_density(points[:, None] - SQUARE_CORNERS, SQUARE_SIZE, noise_std)  # (n, 8, 2)
+    return sides.prod(axis=-1).mean(axis=-1)
 
 
 def _sample_rings(n_samples, rng):
@@ -181,18 +162,11 @@ def _rings_density(points, noise_std):
     return ring.mean(axis=1) / (2 * np.pi * variance)
 
 
-def _box_density(points, corners, size, std):
-    """Density at ``points`` (..., 2) of the uniform distribution on the square at ``corners`` plus N(0, std^2 I)."""
-    sides = _interval_density(points - corners, size, std)
-    return sides[..., 0] * sides[..., 1]
-
-
 def _interval_density(offsets, size, std):
     """Density of the uniform distribution on [0, size] plus N(0, std^2)."""
     if std == 0:
         return ((offsets >= 0) & (offsets < size)) / size  # half-open, so that shared ends count once
-    # On the negative side the difference of distribution functions keeps its relative precision.
-    centred = -np.abs(offsets - size / 2)
+    centred = -np.abs(offsets - size / 2)  # there the difference of distribution functions is the more precise
     return (ndtr((centred + size / 2) / std) - ndtr((centred - size / 2) / std)) / size
 
 

@@ -11,44 +11,34 @@ BATCHES_PER_BLOCK = 64  # of an array are put in order in one go
 
 
 def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
-    """Make batches of an array (n, *event); each pass over it has an order of its own.
+    """Make batches of an array (n, *event), in an order set by the model's seed and its steps before each pass.
 
-    The order of a pass is a function of the model's seed and of the number of steps made before the pass. On several
-    devices, points that fill no batch are left out. With ``steps_per_epoch``, an epoch begins within a pass where the
-    last one stopped; None is one pass.
-
-    Returns:
-        ``tf.data.Dataset`` of the batches of one epoch, which each iteration reads the model's number of steps for, and
-        their number.
+    On several devices, points that fill no batch are left out. With ``steps_per_epoch``, an epoch begins within a pass
+    where the last one stopped. Returns the ``tf.data.Dataset`` of an epoch and its length.
     """
     num_replicas = model.distribute_strategy.num_replicas_in_sync
     batches_per_pass = len(x) // batch_size if num_replicas > 1 else math.ceil(len(x) / batch_size)
     if not batches_per_pass or batch_size % num_replicas:
-        raise ValueError(
-            f"on {num_replicas} devices, batch_size must be a multiple of {num_replicas} and at most the number of "
-            f"points, {len(x)}; got {batch_size}"
-        )
+        allowed = f"a multiple of {num_replicas} and at most the number of points, {len(x)}"
+        raise ValueError(f"on {num_replicas} devices, batch_size must be {allowed}; got {batch_size}")
 
     def put_in_order():
         position = model.num_steps % batches_per_pass if steps_per_epoch else 0
         for first_step in itertools.count(model.num_steps - position, batches_per_pass):
-            order = np.arange(len(x))
-            if shuffle:
-                order = np.random.default_rng((model.seed, first_step)).permutation(order)
+            rng = np.random.default_rng((model.seed, first_step))
+            order = (rng.permutation(len(x)) if shuffle else np.arange(len(x)))[: batches_per_pass * batch_size]
             for start in range(position, batches_per_pass, BATCHES_PER_BLOCK):
-                stop = min(start + BATCHES_PER_BLOCK, batches_per_pass)
-                yield x[order[start * batch_size : stop * batch_size]]
+                yield x[order[start * batch_size : (start + BATCHES_PER_BLOCK) * batch_size]]
             position = 0
 
     def split(block):
         num_points = tf.shape(block)[0] // batch_size * batch_size
         full = tf.data.Dataset.from_tensor_slices(tf.reshape(block[:num_points], (-1, batch_size, *x.shape[1:])))
-        rest = tf.data.Dataset.from_tensors(block[num_points:])
-        return full.concatenate(rest.filter(lambda points: tf.size(points) > 0))
+        rest = tf.data.Dataset.from_tensors(block[num_points:]).filter(lambda points: tf.size(points) > 0)
+        return full.concatenate(rest)
 
-    signature = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
     num_batches = steps_per_epoch or batches_per_pass
-    blocks = tf.data.Dataset.from_generator(put_in_order, output_signature=signature)
+    blocks = tf.data.Dataset.from_generator(put_in_order, output_signature=tf.TensorSpec((None, *x.shape[1:]), x.dtype))
     batches = blocks.flat_map(split).take(num_batches)
     return batches.apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
@@ -59,10 +49,8 @@ class Run(keras.callbacks.Callback):
     def __init__(self, model, initial_epoch):
         super().__init__()
         self.set_model(model)
-        self.steps_per_epoch = None  # stays None where the data do not know their length
-        self.position = None  # number of steps made since the first epoch began
-        self.steps_at_start = model.num_steps
-        self.initial_epoch = initial_epoch
+        self.steps_at_start, self.initial_epoch = model.num_steps, initial_epoch
+        self.steps_per_epoch = self.position = None  # where the data do not know their length, they stay None
 
     def continue_dataset(self, dataset, steps_per_epoch):
         """Repeat a ``tf.data.Dataset`` from the batch on that comes next, which is known only when training begins."""
@@ -71,27 +59,22 @@ class Run(keras.callbacks.Callback):
             raise ValueError("x must hold at least one batch, got an empty tf.data.Dataset")
         if length == tf.data.INFINITE_CARDINALITY and steps_per_epoch is None:
             raise ValueError("x is an endless tf.data.Dataset: say how many steps_per_epoch to take from it")
-        if (steps_per_epoch or length) % self.model.steps_per_execution:
-            if steps_per_epoch:
-                in_one_go = self.model.steps_per_execution
-                raise ValueError(
-                    f"steps_per_epoch must be a multiple of steps_per_execution={in_one_go}, got {steps_per_epoch}"
-                )
-            return dataset, None  # several steps at once cannot end within an epoch, unless the data do
-        if not steps_per_epoch and length < 0:
-            return dataset, None  # nobody knows its length
+        at_once = self.model.steps_per_execution
+        if steps_per_epoch and steps_per_epoch % at_once:
+            allowed = f"a multiple of steps_per_execution={at_once}"
+            raise ValueError(f"steps_per_epoch must be {allowed}, got {steps_per_epoch}")
+        if not steps_per_epoch and (length < 0 or length % at_once):
+            return dataset, None  # nobody knows its length, or the last steps are fewer than those at once
         self.steps_per_epoch = steps_per_epoch or length
-        position = tf.data.Dataset.from_generator(
-            lambda: [self.position or 0], output_signature=tf.TensorSpec([], tf.int64)
-        )
+        scalar = tf.TensorSpec([], tf.int64)  # the number of steps made since the first epoch began
+        position = tf.data.Dataset.from_generator(lambda: [self.position or 0], output_signature=scalar)
         batches = position.flat_map(lambda position: dataset.repeat().skip(position))
         return batches.with_options(dataset.options()), self.steps_per_epoch
 
     def on_train_begin(self, logs=None):
         if self.steps_per_epoch is None:
             return
-        # BackupAndRestore writes two files; a kill between them leaves them disagreeing. Trust the step count stored
-        # with the weights.
+        # BackupAndRestore writes two files, which a kill leaves disagreeing: trust the step count of the weights.
         self.position = self.model.num_steps - self.steps_at_start + self.initial_epoch * self.steps_per_epoch
         if self.position < 0:  # steps that this process made are given up
             self.position = (self.model._initial_epoch or 0) * self.steps_per_epoch
@@ -99,9 +82,9 @@ class Run(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if self.model.jit_compile and not self.model.stop_training:  # XLA leaves out the checks within a step
-            for name, value in logs.items():
-                if not np.isfinite(value):
-                    raise not_finite(name, self.model.num_steps)
+            bad = [name for name, value in logs.items() if not np.isfinite(value)]
+            if bad:
+                raise not_finite(bad[0], self.model.num_steps)
 
 
 def not_finite(name, num_steps):

@@ -16,15 +16,12 @@ class DensityModel(Trainable):
     """
 
     def call(self, x, noise_std=None):
-        """Evaluate log density and score.
+        """Evaluate the log density (batch, 1), up to a constant, and its gradient, the score (batch, *event).
 
         Args:
             x: points (batch, *event), in data units.
-            noise_std: for a model of a range of levels, the level (by keyword): a number or one a point (batch,); None
-                is the lowest.
-
-        Returns:
-            log_density (batch, 1) up to a constant, and score (batch, *event), its gradient, in 1 / data units.
+            noise_std: of a range of levels, the level (by keyword): a number or one a point (batch,); None is the
+                lowest.
         """
         x = self.as_points(x)
         return self.differentiate(x, self.as_levels(x, noise_std))[:2]

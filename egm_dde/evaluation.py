@@ -225,14 +225,7 @@ def sliced_wasserstein_to_data(samples, sample_real, rng=None, num_projections=6
 
 
 def mode_shares(distances):
-    """Compute the share of the samples that each mode gets when every sample counts for the nearest mode.
-
-    Args:
-        distances: array (n, number of modes), how far each sample is from each mode.
-
-    Returns:
-        float64 array (number of modes,) that sums to 1.
-    """
+    """Compute the share of the samples nearest to each mode, (modes,), from their distances (n, modes)."""
     distances = check_points("distances", distances, (None,), "float64")
     return np.bincount(distances.argmin(axis=1), minlength=distances.shape[1]) / len(distances)
 
@@ -241,14 +234,7 @@ def mode_shares(distances):
 
 
 def results_row(
-    log_density,
-    sampler,
-    exact_density,
-    sample_real,
-    noise_std,
-    distances_to_modes=None,
-    rng=None,
-    n_samples=2_000_000,
+    log_density, sampler, exact_density, sample_real, noise_std, distances_to_modes=None, rng=None, n_samples=2_000_000
 ):
     """Compute every metric of a trained model, as a dict of floats: one row of a results table.
 

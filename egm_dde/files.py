@@ -11,18 +11,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path):
-    """Let a file or folder be written beside ``path``, and put it there once it is complete.
-
-    Args:
-        path: what to replace, or make; a link to it stays a link.
-
-    Yields:
-        A temporary ``pathlib.Path`` of the same name to write to. Whatever else is written beside it comes along.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    path = Path(path).resolve()
+    """Yield a temporary path beside ``path``; once it is written, put it there, with whatever is written beside it."""
+    path = Path(path).resolve()  # a link stays a link
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -30,10 +20,10 @@ def replacing(path):
     try:
         yield folder / path.name
         for new in sorted(folder.iterdir(), key=lambda new: new.name == path.name):  # the one asked for comes last
-            place = path.parent / new.name
+            place, old = path.parent / new.name, folder / f"{new.name}.old"
             if new.is_dir() and place.exists():  # only files can be replaced in one go
-                moved.append((folder / f"{new.name}.old", place))
-                os.rename(place, moved[-1][0])
+                moved.append((old, place))
+                os.rename(place, old)
             os.replace(new, place)
     finally:
         for old, place in moved:

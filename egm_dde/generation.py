@@ -26,14 +26,9 @@ class GeneratorModel(Trainable):
         return tf.cast(self.average_generator(z), self.variable_dtype)
 
     def sample(self, n_samples, seed=None):
-        """Generate points: one pass of the generator, no iterations.
+        """Generate points, a NumPy array (n_samples, *event) in data units, by one pass of the generator.
 
-        Args:
-            n_samples: number of points, an integer of at least 1.
-            seed: integer for repeatable latents; None draws fresh ones.
-
-        Returns:
-            NumPy array (n_samples, *event), in data units, without added noise.
+        They have no added noise. An integer ``seed`` makes latents repeatable; None draws fresh ones.
         """
         checks.check_integer("n_samples", n_samples)
         seed = checks.check_seed(seed)

@@ -1,10 +1,7 @@
-"""Execute notebooks in place, showing on the terminal which cell runs and how far its training is.
+"""Execute notebooks in place, showing which cell runs and how far it is: ``python -m egm_dde.notebook NOTEBOOK ...``.
 
-    python -m egm_dde.notebook NOTEBOOK [NOTEBOOK ...]
-
-The kernel is the Python that runs this command, started in the notebook's folder. A notebook is written only after
-all of its cells have succeeded: an error or Ctrl-C leaves the file as it was. Progress is the ``text/plain`` form of
-any object that a cell displays with ``display(obj, display_id=True)`` and then updates.
+The kernel is this Python, in the notebook's folder. An error or Ctrl-C leaves the file as it was. Progress is the
+``text/plain`` form of any object that a cell displays with ``display(obj, display_id=True)`` and then updates.
 """
 
 import argparse
@@ -25,58 +22,46 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from egm_dde.checks import format_duration
 from egm_dde.files import replacing
 
+CLEAR_LINE = "\r\x1b[K"  # on a terminal, and go back to its start
 SECONDS_BETWEEN_LINES = 10  # of progress, where lines cannot be rewritten
-
 # The same on every machine, so that executing a notebook changes nothing but its outputs.
-LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
+PYTHON = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-METADATA = {"kernelspec": KERNEL, "language_info": LANGUAGE}
+METADATA = {"kernelspec": KERNEL, "language_info": PYTHON}
 
 
 class ReportingClient(NotebookClient):
     """A client of nbclient that reports on the terminal: one line a cell, and one of progress below it."""
 
-    def create_kernel_manager(self):
-        """Make a manager that sees the kernel of this Python alone, none installed under the same name."""
+    def create_kernel_manager(self):  # that sees the kernel of this Python alone, none installed under the same name
         return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
 
     def execute_reporting(self, **kernel_options):
         """Execute the cells in turn, with a line that names each and one that says how long it took."""
         with self.setup_kernel(**kernel_options):  # of nbclient's own loop, Ctrl-C would end the kernel alone
-            for index, cell in enumerate(self.nb.cells):
-                if cell.cell_type != "code" or not cell.source.strip():
-                    continue
+            cells = enumerate(self.nb.cells)
+            for index, cell in ((i, cell) for i, cell in cells if cell.cell_type == "code" and cell.source.strip()):
                 started, self.shown_at, self.pending = time.monotonic(), -float("inf"), ""
-                first_line = cell.source.strip().splitlines()[0]
-                print(shorten(f"[{index + 1}/{len(self.nb.cells)}] {first_line}"), flush=True)
+                print(shorten(f"[{index + 1}/{len(self.nb.cells)}] {cell.source.strip().splitlines()[0]}"), flush=True)
                 try:
                     self.execute_cell(cell, index, execution_count=self.code_cells_executed + 1)
                 finally:
                     duration = format_duration(time.monotonic() - started)
-                    print(f"{self.pending}{clear_line()}    ({duration})", flush=True)
+                    print(f"{self.pending}{CLEAR_LINE * sys.stdout.isatty()}    ({duration})", flush=True)
 
     def process_message(self, msg, cell, cell_index):
-        """Show updates of displayed objects, then record the message as usual."""
         if msg["msg_type"] == "update_display_data":
             text = " ".join(msg["content"]["data"].get("text/plain", "").split())
             if text and not text.startswith("<"):  # an object without a text form of its own
-                self.show_progress(shorten("    " + text))
+                line = shorten("    " + text)
+                if sys.stdout.isatty():
+                    print(CLEAR_LINE + line, end="", flush=True)
+                elif time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
+                    print(line, flush=True)
+                    self.shown_at, self.pending = time.monotonic(), ""
+                else:
+                    self.pending = line + "\n"
         return super().process_message(msg, cell, cell_index)
-
-    def show_progress(self, line):
-        """Rewrite the line of progress on a terminal; elsewhere, print a line every now and then."""
-        if sys.stdout.isatty():
-            print(clear_line() + line, end="", flush=True)
-        elif time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
-            print(line, flush=True)
-            self.shown_at, self.pending = time.monotonic(), ""
-        else:
-            self.pending = line + "\n"
-
-
-def clear_line():
-    """Return what goes back to the start of the terminal's line and clears it; nothing where there is no terminal."""
-    return "\r\x1b[K" if sys.stdout.isatty() else ""
 
 
 def shorten(text):
@@ -89,9 +74,9 @@ def execute_in_place(path, notebook):
     """Execute a notebook, as read by nbformat from ``path``, and write it back once all cells have succeeded."""
     started = time.monotonic()
     print(path)
+    options = {"record_timing": False, "coalesce_streams": True, "shutdown_kernel": "immediate"}
     # TensorFlow's C++ log ignores Python's streams; captured, it would be kept in the outputs.
-    kernel_options = {"extra_arguments": ["--IPKernelApp.capture_fd_output=False"], "shutdown_kernel": "immediate"}
-    client = ReportingClient(notebook, record_timing=False, coalesce_streams=True, **kernel_options)
+    client = ReportingClient(notebook, extra_arguments=["--IPKernelApp.capture_fd_output=False"], **options)
     with tempfile.TemporaryFile() as kernel_log:  # what compiled libraries write would tear the line of progress
         try:
             client.execute_reporting(cwd=str(path.resolve().parent), stdout=kernel_log, stderr=kernel_log)

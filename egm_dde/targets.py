@@ -22,10 +22,10 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     not an estimate that normalises itself, as in arXiv:2302.00670.
 
     Args:
-        x: clean points (batch, *event).
-        noisy_x: noisy points (batch, *event).
-        noise: their noise (batch, *event), in noise units.
-        noise_std: their levels (batch, 1), in data units.
+        x: clean points (batch, *event), as are the shapes of ``noisy_x`` and ``noise``.
+        noisy_x: x + noise_std * noise.
+        noise: in noise units.
+        noise_std: levels (batch, 1), in data units.
 
     Returns:
         mean_noise (batch, *event), the squared norm (batch, 1) of ``noise``, and its average (batch, 1).
@@ -33,8 +33,8 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     batch_size, dim = tf.shape(x)[0], math.prod(x.shape[1:])
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32  # half precision is too coarse for exponents
     flat_x, y, flat_noise = (tf.cast(tf.reshape(points, (-1, dim)), dtype) for points in (x, noisy_x, noise))
-    centre = tf.reduce_mean(flat_x, axis=0)  # the smaller the numbers, the smaller the rounding errors
-    flat_x, y = flat_x - centre, y - centre
+    centre = tf.reduce_mean(flat_x, axis=0)
+    flat_x, y = flat_x - centre, y - centre  # the smaller the numbers, the smaller the rounding errors
     precision = tf.cast(noise_std, dtype) ** -2.0
     squared_norm = tf.reduce_sum(tf.square(flat_noise), axis=-1, keepdims=True)
     squared_y = tf.reduce_sum(tf.square(y), axis=-1, keepdims=True)
@@ -51,8 +51,7 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     means = tf.reshape(tf.matmul(weights, sources), (-1, dim + 1))[:batch_size]
     mean_x, mean_squared_x = means[:, :dim], means[:, dim:]
     mean_noise = tf.sqrt(precision) * (y - mean_x)
-    product = tf.reduce_sum(y * mean_x, axis=-1, keepdims=True)
-    mean_squared_norm = precision * (squared_y - 2.0 * product + mean_squared_x)
+    mean_squared_norm = precision * (squared_y - 2.0 * tf.reduce_sum(y * mean_x, -1, keepdims=True) + mean_squared_x)
     # Where rounding would move an exponent noticeably, the own noise stays.
     is_exact = np.finfo(dtype.as_numpy_dtype).eps * precision * squared_y < 0.1
     mean_noise = tf.reshape(tf.where(is_exact, mean_noise, flat_noise), tf.shape(x))
@@ -63,8 +62,8 @@ def average_over_sources(x, noisy_x, noise, noise_std):
 def expected_square(estimate, target, mean_target):
     """Square (estimate - target)^2 that scatters less: the estimate meets the mean of the targets it may have had.
 
-    (estimate - mean)^2 + target^2 - mean^2 differs from it by 2 estimate (target - mean), which is zero on average. So
-    the loss keeps its expectation and its minimum, and its gradient sees ``mean_target`` alone.
+    (estimate - mean)^2 + target^2 - mean^2 differs from it by 2 estimate (target - mean), which is zero on average: the
+    loss keeps its expectation and its minimum, and its gradient sees ``mean_target`` alone.
     """
     return tf.square(estimate - mean_target) + tf.square(target) - tf.square(mean_target)
 
@@ -72,11 +71,10 @@ def expected_square(estimate, target, mean_target):
 def spread_latents(n_samples, dim, key, dtype=tf.float32):
     """Draw standard normal latents (n_samples, dim) that fill their space more evenly than independent ones.
 
-    Each latent is standard normal by itself, but a batch of them has nearly the same share in every part of the plane
-    of two coordinates, so that the modes of a generator get nearly their right shares of each batch. The points (i
-    sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted by a random vector modulo 1 (Cranley and Patterson 1976)
-    and become two normal coordinates by radius and angle (Box and Muller 1958). Each pair of coordinates has a shift
-    and a random order of its own.
+    Each latent is standard normal by itself, but each part of the plane of two coordinates gets nearly its right share
+    of a batch, and so do the modes of a generator. The points (i sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted
+    by a random vector modulo 1 (Cranley and Patterson 1976) and become two normal coordinates by radius and angle (Box
+    and Muller 1958). Each pair of coordinates has a shift and a random order of its own.
     """
     order_key, shift_key = draws.split(key)
     num_pairs = (dim + 1) // 2
@@ -87,5 +85,4 @@ def spread_latents(n_samples, dim, key, dtype=tf.float32):
     radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
     angle = 2.0 * math.pi * fractions[1]
     pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (num_pairs, n_samples, 2)
-    z = tf.reshape(tf.transpose(pairs, (1, 0, 2)), (n_samples, 2 * num_pairs))[:, :dim]
-    return tf.cast(z, dtype)
+    return tf.cast(tf.reshape(tf.transpose(pairs, (1, 0, 2)), (n_samples, 2 * num_pairs))[:, :dim], dtype)

@@ -64,32 +64,15 @@ class Trainable(keras.Model):
     ):
         """Train as ``keras.Model.fit`` does, on data in an order that a resumed run repeats.
 
+        ``x`` holds points (n, *event), an array of real numbers, or batches of them (batch, *event): a
+        ``tf.data.Dataset``, a ``keras.utils.PyDataset`` or a generator. ``y`` is ignored and weights are refused:
+        there are no targets. ``batch_size`` None is 32; on several devices, points of an array that fill no batch are
+        left out. With ``steps_per_epoch``, data begin again where they end, within an epoch too.
+
         A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore`` among the
         callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass,
         by ``seed`` and the number of steps made. A ``tf.data.Dataset`` is read up to the batch that comes next, so it
         has to repeat itself: give its ``shuffle`` a seed. Other iterables start anew.
-
-        Args:
-            x: points (n, *event) as an array of real numbers, or batches of them (batch, *event) from a
-                ``tf.data.Dataset``, a ``keras.utils.PyDataset`` or a generator.
-            y: ignored, like the second part of a batch: there are no targets.
-            batch_size: number of points in a batch of an array; None is 32. On several devices, points that fill no
-                batch are left out of a pass.
-            epochs: as for ``keras.Model.fit``; so are all arguments that are not here.
-            verbose: how much is printed.
-            callbacks: ``keras.callbacks.Callback`` or several.
-            validation_split: share of an array, its last points, that is evaluated instead of trained on.
-            validation_data: points to evaluate after each epoch.
-            shuffle: whether an array is shuffled.
-            class_weight: not supported, and neither is ``sample_weight``.
-            sample_weight: not supported.
-            initial_epoch: number of epochs made before.
-            steps_per_epoch: number of batches in an epoch; None is one pass over the data, which begin again where they
-                end, within an epoch too.
-            **options: others of ``keras.Model.fit``.
-
-        Returns:
-            A ``keras.callbacks.History``.
 
         Raises:
             ValueError: for data that are empty, not finite, not real numbers, of another shape, or so large that their
@@ -130,19 +113,11 @@ class Trainable(keras.Model):
         callbacks = [] if callbacks is None else getattr(callbacks, "callbacks", callbacks)
         callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
         self._initial_epoch = None  # BackupAndRestore leaves that of the last run
+        options.update(validation_split=validation_split, validation_data=validation_data, verbose=verbose)
+        options.update(callbacks=[*callbacks, run], epochs=epochs, initial_epoch=initial_epoch)
+        options.update(shuffle=shuffle and isinstance(x, keras.utils.PyDataset), steps_per_epoch=steps_per_epoch)
         with self.naming_the_step():
-            return super().fit(
-                x,
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=[*callbacks, run],
-                validation_split=validation_split,
-                validation_data=validation_data,
-                shuffle=shuffle and isinstance(x, keras.utils.PyDataset),
-                initial_epoch=initial_epoch,
-                steps_per_epoch=steps_per_epoch,
-                **options,
-            )
+            return super().fit(x, **options)
 
     def evaluate(self, x=None, *arguments, **options):
         """Measure the losses, with the same noise each time; as ``keras.Model.evaluate``, see ``fit`` for the data."""
@@ -155,11 +130,10 @@ class Trainable(keras.Model):
     # ------------------------------------------------------------------------------------------ one step
 
     def descend(self, optimizer, network, loss, name="the loss"):
-        """Take one optimizer step down ``loss()`` in a network's weights; return its value before the step.
+        """Take one optimizer step down ``loss()``, its mean over devices; return its value before the step.
 
         Where the loss or its gradient is not finite, the step is not taken: an error is raised, or, compiled by XLA,
-        which has no errors, the value returned is NaN. On several devices, the step descends the mean of their
-        losses.
+        which has no errors, the value returned is NaN.
         """
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
         with tf.GradientTape() as tape:
@@ -169,10 +143,7 @@ class Trainable(keras.Model):
         gradients = tape.gradient(share, variables)
         known = [gradient for gradient in gradients if gradient is not None]  # of weights that the loss depends on
         if not self.jit_compile:
-            finite = [
-                check_finite(value, name),
-                *(check_finite(gradient, f"the gradient of {name}") for gradient in known),
-            ]
+            finite = [check_finite(value, name), *(check_finite(each, f"the gradient of {name}") for each in known)]
             with tf.control_dependencies(finite):
                 optimizer.apply(gradients, variables)  # and counts the step
             return value
@@ -194,11 +165,9 @@ class Trainable(keras.Model):
     def as_points(self, x):
         """Return points as a tensor (batch, *event) of the model's type, or raise ValueError for another shape."""
         x = keras.ops.convert_to_tensor(x, dtype=self.variable_dtype)
-        expected = ("...",) if self.event_shape is None else self.event_shape
+        expected = checks.format_shape(("batch", *(("...",) if self.event_shape is None else self.event_shape)))
         if x.shape.rank == 0 or (self.event_shape and not x.shape[1:].is_compatible_with(self.event_shape)):
-            raise ValueError(
-                f"points must have shape {checks.format_shape(('batch', *expected))}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"points must have shape {expected}, got {tuple(x.shape)}")
         return x
 
     def check_points(self, name, x):
@@ -240,20 +209,17 @@ class Trainable(keras.Model):
     def save(self, filepath, overwrite=True, **options):
         """Save as ``keras.Model.save`` does; a file that is there stays whole until the new one is complete."""
         if is_for_keras(filepath, overwrite):
-            super().save(filepath, overwrite=overwrite, **options)
-            return
+            return super().save(filepath, overwrite=overwrite, **options)
         with replacing(filepath) as temporary:
             super().save(temporary, **options)
 
     def save_weights(self, filepath, overwrite=True, **options):
         """Save weights as ``keras.Model.save_weights`` does, with those of the optimizers; files are replaced whole."""
         if is_for_keras(filepath, overwrite):
-            super().save_weights(filepath, overwrite=overwrite, **options)
-            return
+            return super().save_weights(filepath, overwrite=overwrite, **options)
         with replacing(filepath) as temporary:
             if options.get("max_shard_size") is not None:
-                super().save_weights(temporary, **options)
-                return
+                return super().save_weights(temporary, **options)
             memory = NamedMemory(temporary.name)
             super().save_weights(memory, **options)
             temporary.write_bytes(memory.getvalue())
@@ -268,9 +234,7 @@ class Trainable(keras.Model):
 
     @classmethod
     def load(cls, filepath, **options):
-        """Load a model of this class from a ``.keras`` file; ``options`` are for ``keras.saving.load_model``.
-
-        ``keras.saving.load_model`` loads it, too; this says what is wrong with it.
+        """Load a model of this class as ``keras.saving.load_model`` does, or say what is wrong with the file.
 
         Raises:
             FileNotFoundError: if there is no such file.
