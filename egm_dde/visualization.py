@@ -1,13 +1,14 @@
 """Pictures of two-dimensional densities, samples and scores, and callbacks that show how training goes.
 
-Every ``plot_`` function draws one thing on one Matplotlib ``Axes`` and returns what it drew, on the square
-[-limit, limit]^2 in data units. Models come in as arguments: anything that maps float32 points (n, 2) to log densities
-(n,) or (n, 1), known up to a constant, or to scores (n, 2). Arrays of points are finite, (n, 2), in data units. All
-functions raise ValueError for arguments that are not as described.
+Every ``plot_`` function draws one thing on ``ax``, a Matplotlib ``Axes``, and returns what it drew, on the square
+[-limit, limit]^2 in data units. ``resolution`` is the number of cells of a grid along each axis. Models come in as
+arguments: anything that maps float32 points (n, 2) to log densities (n,) or (n, 1), known up to a constant, or to
+scores (n, 2). Arrays of points are finite, (n, 2), in data units. All functions raise ValueError for other arguments.
 """
 
 import html
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,23 +18,19 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from PIL import Image
 
 from egm_dde.checks import check_integer, check_interval, check_points, check_positive, format_duration
 from egm_dde.files import replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
 VERMILION = "#d55e00"
-DENSITY_COLORMAP = "viridis"
 
 
 def grid_density(log_density, limit=4.0, resolution=100):
-    """Evaluate a density at the centres of a square grid's cells, resolution^2 of them, and normalise it there.
+    """Probability per unit area, (resolution, resolution) [row of y, column of x], both ascending, at cells' centres.
 
-    The log density may be minus infinity where the density is zero.
-
-    Returns:
-        float64 array (resolution, resolution), probability per unit area: entry [row, column] belongs to the row-th y
-        and the column-th x, both ascending. Its sum times the area of a cell is 1.
+    Its sum times the area of a cell is 1. The log density may be minus infinity where the density is zero.
     """
     points = _grid_points(limit, resolution)
     values = np.asarray(log_density(points), dtype=np.float64)
@@ -48,70 +45,50 @@ def grid_density(log_density, limit=4.0, resolution=100):
 
 
 def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
-    """Draw a density, normalised by ``grid_density``, as an ``AxesImage``, which is returned.
+    """Draw a density, normalised by ``grid_density``, and return the ``AxesImage``.
 
-    ``max_density`` is the density at the top of the colour scale, so that several plots can share one; None takes the
-    highest density of this one.
+    The colour scale ends at ``max_density``, so that plots can share one, or at the highest density drawn.
     """
     if max_density is not None:
         check_positive("max_density", max_density)
     density = grid_density(log_density, limit, resolution)
-    image = ax.imshow(
-        density,
-        cmap=DENSITY_COLORMAP,
-        vmin=0,
-        vmax=max_density,
-        origin="lower",  # the first row has the lowest y
-        extent=(-limit, limit, -limit, limit),
-        interpolation="bilinear",
-    )
+    scale = {"cmap": "viridis", "vmin": 0, "vmax": max_density}
+    extent = (-limit, limit, -limit, limit)
+    image = ax.imshow(density, **scale, origin="lower", extent=extent, interpolation="bilinear")  # first row: lowest y
     _frame_square(ax, limit)
     return image
 
 
 def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
     """Draw samples as points, real ones in blue, generated ones in vermilion; return their ``Line2D``, real first."""
-    check_positive("limit", limit)
-    real_samples = _check_plane_points("real_samples", real_samples)
-    if generated_samples is not None:
-        generated_samples = _check_plane_points("generated_samples", generated_samples)
-    artists = _plot_points(ax, real_samples, BLUE, "real")
-    if generated_samples is not None:
-        artists += _plot_points(ax, generated_samples, VERMILION, "generated")
-    _frame_square(ax, limit)
-    _add_legend(ax)
+    generated = {} if generated_samples is None else {"generated_samples": generated_samples}
+    samples = _check_points(limit, real_samples=real_samples, **generated)
+    kinds = ((BLUE, "real"), (VERMILION, "generated"))
+    artists = [_plot_points(ax, points, *kind) for points, kind in zip(samples, kinds, strict=False)]
+    _frame_square(ax, limit, has_legend=True)
     return artists
 
 
 def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
-    """Draw the streamlines of a score field, over the density if it is given; return the ``StreamplotSet``.
-
-    The score is evaluated at resolution^2 points of a grid.
-    """
+    """Draw the streamlines of a score field, over the density if it is given; return the ``StreamplotSet``."""
     points = _grid_points(limit, resolution)
-    gradients = _check_plane_points("the values of score", score(points))
-    if len(gradients) != len(points):
-        raise ValueError(f"score must return shape {points.shape} for such points, got {gradients.shape}")
+    points, scores = _check_pairs(limit, points=points, scores=score(points))
     if log_density is not None:
         plot_density(ax, log_density, limit)
-    x, y = points.reshape(resolution, resolution, 2).transpose(2, 0, 1)
-    u, v = gradients.reshape(resolution, resolution, 2).transpose(2, 0, 1)
-    streamlines = ax.streamplot(
-        x, y, u, v, color=BLUE if log_density is None else "white", linewidth=0.7, arrowsize=0.7, density=1.4
-    )
+    x, y, u, v = np.hstack([points, scores]).reshape(resolution, resolution, 4).transpose(2, 0, 1)
+    color = BLUE if log_density is None else "white"
+    streamlines = ax.streamplot(x, y, u, v, color=color, linewidth=0.7, arrowsize=0.7, density=1.4)
     _frame_square(ax, limit)
     return streamlines
 
 
 def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
-    """Draw an arrow at each point, such as what moves it: grad f_real - grad f_fake; return the ``Quiver``.
+    """Draw an arrow from each point, vectors (n, 2), such as grad f_real - grad f_fake; return the ``Quiver``.
 
-    Row i of ``vectors`` (n, 2) is the arrow at row i of ``points``. ``length`` is how long a vector of length 1 is
-    drawn, in data units; None makes the 95th percentile of the arrows an eighth of ``limit`` long.
+    ``length`` is how long a vector of length 1 is drawn, in data units; None makes the 95th percentile of the arrows an
+    eighth of ``limit`` long.
     """
-    check_positive("limit", limit)
-    points, vectors = _check_plane_points("points", points), _check_plane_points("vectors", vectors)
-    _check_equally_many("points and vectors", points, vectors)
+    points, vectors = _check_pairs(limit, points=points, vectors=vectors)
     if length is None:
         longest = np.percentile(np.linalg.norm(vectors, axis=1), 95)
         length = limit / 8 / longest if longest > 0 else 1.0
@@ -123,39 +100,30 @@ def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
 
 def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
     """Draw the segment from each noisy point to the denoised one in the same row; return the ``LineCollection``."""
-    check_positive("limit", limit)
-    noisy_points = _check_plane_points("noisy_points", noisy_points)
-    denoised_points = _check_plane_points("denoised_points", denoised_points)
-    _check_equally_many("noisy_points and denoised_points", noisy_points, denoised_points)
-    moves = np.stack([noisy_points, denoised_points], axis=1)  # (n, 2 ends, 2)
+    noisy, denoised = _check_pairs(limit, noisy_points=noisy_points, denoised_points=denoised_points)
+    moves = np.stack([noisy, denoised], axis=1)  # (n, 2 ends, 2)
     lines = ax.add_collection(LineCollection(moves, colors="0.6", linewidths=0.6, zorder=1))
-    _plot_points(ax, noisy_points, VERMILION, "noisy")
-    _plot_points(ax, denoised_points, BLUE, "denoised")
-    _frame_square(ax, limit)
-    _add_legend(ax)
+    _plot_points(ax, noisy, VERMILION, "noisy")
+    _plot_points(ax, denoised, BLUE, "denoised")
+    _frame_square(ax, limit, has_legend=True)
     return lines
 
 
 def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=500_000):
-    """Write an endlessly looping GIF, all or nothing: a failure leaves an existing file as it was.
+    """Write uint8 RGB frames (n, height, width, 3) as an endlessly looping GIF, all or nothing.
 
-    All frames share one palette, which keeps the file small and the colours steady. A frame equal to the one before
-    it is merged into it, and their durations are added.
-
-    Args:
-        path: the file to write; missing parent folders are made.
-        frames: non-empty sequence of uint8 RGB images (height, width, 3) of one shape.
-        frame_duration: seconds each frame is shown, at least 0.02; rounded to hundredths.
-        last_frame_duration: seconds the last frame is shown, at least 0.02.
-        max_bytes: the palette shrinks from 256 to as few as 32 colours if the file would be larger.
+    A failure leaves an existing file as it was; missing parent folders are made. The last frame is shown for
+    ``last_frame_duration`` seconds, the others for ``frame_duration``, both rounded to hundredths. A frame equal to the
+    one before it is merged into it. All frames share one palette, so that colours are steady; it shrinks from 256 to as
+    few as 32 colours if the file would be larger than ``max_bytes``.
     """
-    _check_duration("frame_duration", frame_duration)
-    _check_duration("last_frame_duration", last_frame_duration)
+    for name, seconds in (("frame_duration", frame_duration), ("last_frame_duration", last_frame_duration)):
+        check_interval(name, seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
     check_positive("max_bytes", max_bytes)
     kinds = {(np.asarray(frame).dtype.name, np.shape(frame)) for frame in frames}
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
-    seconds = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
+    durations = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
     for num_colors in (256, 128, 64, 32):
         indices, palette = _share_palette(np.stack(frames), num_colors)
         encoded = iio.imwrite(
@@ -164,7 +132,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
             extension=".gif",
             palette=palette.tobytes(),
             optimize=True,  # transparent where nothing changed
-            duration=[10 * round(100 * duration) for duration in seconds],  # milliseconds
+            duration=[10 * round(100 * seconds) for seconds in durations],  # milliseconds
             loop=0,  # for ever
             save_all=True,  # Pillow takes a list of durations only with this, if there is one frame
         )
@@ -177,16 +145,14 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
 
 
 class Film:
-    """Frames drawn one after the other on one Matplotlib ``Figure``, which pyplot does not know.
-
-    ``figure_size`` is the width and height of a frame in inches, ``dpi`` the pixels an inch.
-    """
+    """Frames drawn one after the other on one ``Figure``, (width, height) inches, which pyplot does not know."""
 
     def __init__(self, figure_size=(4.0, 4.4), dpi=72):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for name, length in (*(("each of figure_size", length) for length in figure_size), ("dpi", dpi)):
-            check_positive(name, length)
+        for length in figure_size:
+            check_positive("each of figure_size", length)
+        check_positive("dpi", dpi)
         self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(anchor="N")
@@ -203,11 +169,10 @@ class Film:
 
 
 class GifCallback(keras.callbacks.Callback):
-    """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends.
+    """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends; options are those of ``Film``.
 
-    The first frame shows the model before training and the last one after it. Between them, frames are spaced like the
-    logarithm of the step, because most happens early: the next one comes after 15 % more steps, and 5 at least.
-    Training that is interrupted leaves an existing file as it was. Options are those of ``Film``.
+    The first frame shows the model before training and the last one after it. In between, the next one comes after 15 %
+    more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
     """
 
     def __init__(self, path, draw, max_bytes=500_000, **options):
@@ -247,10 +212,9 @@ class GifCallback(keras.callbacks.Callback):
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """Show the epoch, the losses and the time to go in one notebook output that is updated in place.
+    """Show epoch, losses and time to go in one notebook output, every ``every_seconds`` at most; ``fit(verbose=0)``.
 
-    For use with ``fit(..., verbose=0)``. Outside a notebook only the final state is shown, as a line of text. There are
-    ``every_seconds`` between two updates at least.
+    Outside a notebook only the final state is shown, as a line of text.
     """
 
     def __init__(self, every_seconds=0.5):
@@ -307,31 +271,17 @@ class ProgressBar(keras.callbacks.Callback):
 
 def _notebook_display():
     """The display function of the running notebook, or None outside one."""
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return None
-    return display if get_ipython() is not None else None
+    ipython = sys.modules.get("IPython")  # a notebook has imported it
+    return ipython.display.display if ipython and ipython.get_ipython() else None
 
 
 def _share_palette(frames, num_colors):
-    """Reduce RGB frames (n, height, width, 3) to indices (n, height, width) into one palette."""
-    codes = frames.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
-    codes, index_of_pixel, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1)  # (colours, 3)
-    # Greedy: the next colour is the one that is worst off with those chosen. The root of its number of pixels
-    # keeps a bright mode that shows up late from losing its shades to the background.
-    weights = np.sqrt(counts)
-    nearest = np.zeros(len(colors), dtype=np.uint8)
-    distances = np.full(len(colors), 3 * 256**2)
-    chosen = []
-    while len(chosen) < min(num_colors, len(colors)):
-        chosen.append(np.argmax(weights * distances))
-        new_distances = ((colors - colors[chosen[-1]]) ** 2).sum(axis=-1)
-        nearest[new_distances < distances] = len(chosen) - 1
-        distances = np.minimum(distances, new_distances)
-    return nearest[index_of_pixel], colors[chosen].astype(np.uint8)  # palette (num_colors or fewer, 3)
+    """Reduce RGB frames (n, height, width, 3) to indices (n, height, width) into one palette (num_colors, 3)."""
+    tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
+    # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
+    reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    palette = np.array(reduced.getpalette(), dtype=np.uint8).reshape(-1, 3)
+    return np.asarray(reduced).reshape(frames.shape[:3]), palette
 
 
 def _grid_points(limit, resolution):
@@ -345,29 +295,25 @@ def _grid_points(limit, resolution):
 
 def _plot_points(ax, points, color, label):
     size = 1.6 if len(points) > 500 else 3.0  # points
-    return ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)
+    (line,) = ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)
+    return line
 
 
-def _frame_square(ax, limit):
+def _frame_square(ax, limit, has_legend=False):
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    if has_legend:  # below the axes, where it hides no data
+        legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=2, ncols=2, frameon=False)
+        for handle in legend.legend_handles:
+            handle.set(markersize=6, alpha=1)
 
 
-def _add_legend(ax):
-    # Below the axes, where it hides no data.
-    legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=2, ncols=2, frameon=False)
-    for handle in legend.legend_handles:
-        handle.set(markersize=6, alpha=1)
+def _check_points(limit, **clouds):
+    check_positive("limit", limit)
+    return [check_points(name, points, (2,), "float64") for name, points in clouds.items()]
 
 
-def _check_plane_points(name, points):
-    return check_points(name, points, (2,), "float64")
-
-
-def _check_equally_many(names, one, other):
+def _check_pairs(limit, **clouds):
+    one, other = _check_points(limit, **clouds)
     if len(one) != len(other):
-        raise ValueError(f"{names} must be equally many, got {len(one)} and {len(other)}")
-
-
-def _check_duration(name, value):
-    # Viewers slow frames down that are shorter than 0.02 s; 655.35 s is the format's bound.
-    return check_interval(name, value, 0.02, 655.355)
+        raise ValueError(f"{' and '.join(clouds)} must be equally many, got {len(one)} and {len(other)}")
+    return one, other
