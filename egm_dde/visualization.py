@@ -109,7 +109,7 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
     return lines
 
 
-def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=500_000):
+def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=220_000):
     """Write uint8 RGB frames (n, height, width, 3) as an endlessly looping GIF, all or nothing.
 
     A failure leaves an existing file as it was; missing parent folders are made. The last frame is shown for
@@ -147,7 +147,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
 class Film:
     """Frames drawn one after the other on one ``Figure``, (width, height) inches, which pyplot does not know."""
 
-    def __init__(self, figure_size=(4.0, 4.4), dpi=72):
+    def __init__(self, figure_size=(4.0, 4.4), dpi=50):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
         for length in figure_size:
@@ -175,7 +175,7 @@ class GifCallback(keras.callbacks.Callback):
     more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
     """
 
-    def __init__(self, path, draw, max_bytes=500_000, **options):
+    def __init__(self, path, draw, max_bytes=220_000, **options):
         super().__init__()
         if not callable(draw):
             raise ValueError(f"draw must be a callable draw(ax, model), got {draw!r}")

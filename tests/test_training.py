@@ -189,7 +189,9 @@ def test_a_loop_written_by_hand_repeats_itself_and_fit(kind, tmp_path):
         batch = Batches()[step % 6][0]
         by_hand.train_on_batch(batch)
         loaded.train_on_batch(batch)
-    assert_equal_states(fitted, by_hand, loaded)
+    assert_equal_states(by_hand, loaded)
+    for one, other in zip(state(by_hand), state(fitted), strict=True):  # another graph, which may round otherwise
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- the order of arrays
