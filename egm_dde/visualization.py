@@ -147,7 +147,7 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
 class Film:
     """Frames drawn one after the other on one ``Figure``, (width, height) inches, which pyplot does not know."""
 
-    def __init__(self, figure_size=(4.0, 4.4), dpi=50):
+    def __init__(self, figure_size=(4.0, 4.4), dpi=48):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
         for length in figure_size:
