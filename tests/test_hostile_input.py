@@ -94,9 +94,9 @@ def test_bad_data_are_refused_everywhere(name, models):
 
 
 OPTIONS = [{}, {"jit_compile": True}, {"steps_per_execution": 3}, {"run_eagerly": True}]
-WAYS = [(make_dde, options) for options in OPTIONS] + [
-    pytest.param(make_egm, options, marks=pytest.mark.slow if options else ()) for options in OPTIONS
-]
+FAST = ({}, {"run_eagerly": True})
+WAYS = [pytest.param(make_dde, options, marks=() if options in FAST else pytest.mark.slow) for options in OPTIONS]
+WAYS += [pytest.param(make_egm, options, marks=pytest.mark.slow) for options in OPTIONS]
 
 
 @pytest.mark.parametrize(("make_model", "options"), WAYS)
@@ -264,7 +264,7 @@ def test_half_precision_is_refused(policy, dtype_policy):
         make_dde()
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
+@pytest.mark.parametrize("policy", [pytest.param("mixed_bfloat16", marks=pytest.mark.slow), "float64"])
 def test_other_precisions_train(policy, dtype_policy):
     expected = make_egm().dde_real
     dtype_policy(policy)

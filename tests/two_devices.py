@@ -148,14 +148,14 @@ def refuse(strategy, x):
 def learn_gaussian(strategy):
     """Share of the score of a Gaussian that a DDE gets wrong, trained on one device and on two."""
     covariance = np.array([[1.0, 0.6], [0.6, 0.8]])
-    x = np.random.default_rng(1).multivariate_normal([0.0, 0.0], covariance, 5_000).astype(np.float32)
+    x = np.random.default_rng(1).multivariate_normal([0.0, 0.0], covariance, 20_000).astype(np.float32)
     exact = -x @ np.linalg.inv(covariance + 0.3**2 * np.eye(2))
     errors = []
     for scope in (tf.distribute.get_strategy().scope(), strategy.scope()):
         with scope:
             dde = DDE(build_energy_net(2, False, (32, 32), seed=0), 0.3, seed=1)
             dde.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(5e-3, 500)))
-        dde.fit(x, batch_size=500, epochs=50, verbose=0)
+        dde.fit(x, batch_size=1000, epochs=25, verbose=0)
         errors.append(float(np.mean((dde.score(x) - exact) ** 2) / np.mean(exact**2)))
     return errors
 
