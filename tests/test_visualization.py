@@ -123,7 +123,7 @@ def test_arrows_start_at_the_points_and_show_the_vectors(ax, length):
     pixels_a_unit = np.diff(ax.transData.transform([[0, 0], [1, 0]])[:, 0])
     factor = 0.2 if length else 3 / 8 / np.percentile(np.linalg.norm(vectors, axis=1), 95)
     tips *= arrows.get_transform().get_matrix()[0, 0] / pixels_a_unit  # in data units
-    np.testing.assert_allclose(tips, factor * vectors, rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(tips, factor * vectors, rtol=0.02, atol=0.005)
     visualization.plot_arrows(ax, points, np.zeros((9, 2)))  # no arrow is long enough to set the scale
     render(ax)
 
@@ -262,11 +262,11 @@ def test_gif_callback_can_be_used_again_also_if_training_stops_early_or_at_once(
     callback, titles, _ = recording_gif(tmp_path / "a.gif")
     fit(model, callback, epochs=2, initial_epoch=2)
     assert titles == [] and list(tmp_path.iterdir()) == []
-    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 2))
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 4))
     for _ in range(2):
         titles.clear()
         fit(model, callback, stop, epochs=9)
-        assert titles == ["step 0", "step 5", "step 6"]
+        assert titles == ["step 0", "step 5", "step 10"]  # the last one is not filmed twice
 
 
 def test_axes_stay_where_they_are_and_titles_are_kept():
