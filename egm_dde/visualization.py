@@ -278,7 +278,7 @@ def _notebook_display():
 def _share_palette(frames, num_colors):
     """Reduce RGB frames (n, height, width, 3) to indices (n, height, width) into one palette (num_colors, 3)."""
     tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
-    # Nothing is dithered. Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
+    # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
     reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
     palette = np.array(reduced.getpalette(), dtype=np.uint8).reshape(-1, 3)
     return np.asarray(reduced).reshape(frames.shape[:3]), palette
