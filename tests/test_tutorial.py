@@ -155,7 +155,7 @@ def test_short_run_writes_gifs_and_model(short_run):
     assert written == {*FILMS, "egm.keras"}
     assert not (short_run / "example_images").exists()
     for name in FILMS:
-        check_gif(short_run / "rings_images" / name, 15)
+        check_gif(short_run / "rings_images" / name, 10)
 
 
 def test_model_of_the_short_run_loads(short_run):
