@@ -147,7 +147,8 @@ def test_imports_are_in_the_setup_cells(kept):
 def test_short_run_is_clean(short_run):
     notebook = nbformat.read(short_run / NOTEBOOK.name, as_version=4)
     check_outputs(notebook)
-    assert "rings_images" in str(code_cells(notebook))
+    films = films_within(str(code_cells(notebook)))
+    assert len(films) == len(FILMS)
 
 
 def test_short_run_writes_gifs_and_model(short_run):
