@@ -227,6 +227,7 @@ def test_energy_nets_with_batch_normalization_are_refused():
         DDE(net_with(keras.Sequential([keras.layers.BatchNormalization()])), 0.1)
 
 
+@pytest.mark.slow
 def test_layers_that_differ_in_training_do():
     dde = DDE(net_with(keras.layers.Dense(5, "tanh"), keras.layers.Dropout(0.9)), 0.3, seed=0)
     dde.compile(SGD(0.0))

@@ -141,7 +141,7 @@ ROWS = {
 FAST_FOR_EGM = ("CSVLogger",)
 SLOW_FOR_DDE = ("steps_per_execution", "steps_per_execution longer than an epoch", "verbose", "TerminateOnNaN")
 SLOW_FOR_DDE += ("steps_per_execution that leaves a rest", "jit_compile", "run_eagerly", "CallbackList")
-SLOW_FOR_DDE += ("validation_data with targets", "validation_data in batches")
+SLOW_FOR_DDE += ("validation_data with targets", "validation_data in batches", "TensorBoard", "validation_split")
 CASES = [pytest.param("DDE", name, marks=pytest.mark.slow if name in SLOW_FOR_DDE else ()) for name in ROWS]
 CASES += [pytest.param("EGM", name, marks=() if name in FAST_FOR_EGM else pytest.mark.slow) for name in ROWS]
 

@@ -152,7 +152,8 @@ def test_training_goes_on_from_a_checkpoint(data_kind, uninterrupted, tmp_path):
     assert_ends_like(uninterrupted("DDE", data_kind), loaded, history, 2)
 
 
-@pytest.mark.parametrize("epoch", [*slowly(None), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [None, 1])
 def test_a_backup_whose_two_files_disagree_goes_by_its_weights(epoch, uninterrupted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(make_model("DDE"), "array", BackupAndRestore(tmp_path), Interrupt(14))
@@ -374,7 +375,8 @@ def own_networks(kind, in_range):
 
 
 @pytest.mark.parametrize("in_range", [False, True], ids=["one level", "range"])
-@pytest.mark.parametrize("kind", [*slowly("functional", "subclass"), "sequential"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sequential", "functional", "subclass"])
 def test_own_networks_train_and_are_saved(kind, in_range, tmp_path):
     if kind == "sequential" and in_range:
         pytest.skip("a Sequential network has one input")
