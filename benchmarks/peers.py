@@ -13,7 +13,6 @@ cosine that ends there. Each run has a process of its own and replaces its lines
 """
 
 import argparse
-import csv
 import itertools
 import math
 import multiprocessing
@@ -263,10 +262,8 @@ def run(method, dataset, seed, arguments):
     exact_density = partial(noisy_density_2d, dataset, noise_std=NOISE_STD)
     sample_real = partial(sample_2d_data, dataset)
     density = evaluation.density_metrics(log_density, exact_density) if log_density else (math.nan, math.nan)
-    path = arguments.folder / "peers.csv"
-    key = {"run": method, "dataset": dataset, "seed": str(seed), "budget": str(arguments.budget)}
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    rows = [row for row in rows if key.items() - row.items()]  # without those of an earlier run
+    key = {"run": method, "dataset": dataset, "seed": seed, "budget": arguments.budget}
+    rows = []
     for name, (evaluations, sample) in samplers.items():
         sample(1000)  # the first call is slower
         start = time.perf_counter()
@@ -279,17 +276,7 @@ def run(method, dataset, seed, arguments):
         row.update(sliced_w1=sliced.value, sliced_w1_floor=sliced.floor, sliced_w1_ratio=sliced.ratio)
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def summarise(values):
-    """Return "mean (smallest to largest)", or "" for what a method does not have."""
-    numbers = (values.mean(), values.min(), values.max())
-    mean, low, high = (np.format_float_positional(x, precision=3, fractional=False, trim="-") for x in numbers)
-    return "" if np.isnan(values).any() else mean if low == high else f"{mean} ({low} to {high})"
+    report.replace_run(arguments.folder / "peers.csv", key, rows)
 
 
 def plot(rows, methods, path):
@@ -315,7 +302,9 @@ def write_results(arguments):
     text = "![excess of total variation by method and data set](peers.png)\n"
     for dataset in (dataset for dataset in DATASETS if dataset in rows["dataset"]):
         by_method = ((method, rows[(rows["dataset"] == dataset) & (rows["method"] == method)]) for method in methods)
-        table = [(method, *(summarise(its[name]) for name in COLUMNS)) for method, its in by_method if len(its)]
+        table = [
+            (method, *(report.describe_spread(its[name]) for name in COLUMNS)) for method, its in by_method if len(its)
+        ]
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
     text += f"\nMean (smallest to largest) over seeds {', '.join(map(str, np.unique(rows['seed'])))}; a budget of "

@@ -10,7 +10,6 @@ building of the step included, but no measurement. Each run has a process of its
 """
 
 import argparse
-import csv
 import itertools
 import multiprocessing
 import os
@@ -155,18 +154,13 @@ def measure(model, arguments, seed):
 
 def run(recipe, seed, arguments):
     """Train once and write each measurement to the csv file as it is made."""
-    key = {"recipe": recipe, "dataset": arguments.dataset, "seed": str(seed)}
-    path = arguments.folder / CSV
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    rows = [row for row in rows if key.items() - row.items()]  # without those of an earlier run
+    key = {"recipe": recipe, "dataset": arguments.dataset, "seed": seed}
+    rows = []
 
     def save(row):
         rows.append({**key, **row})
         print(rows[-1], file=sys.stderr, flush=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[-1])
-            writer.writeheader()
-            writer.writerows(rows)
+        report.replace_run(arguments.folder / CSV, key, rows)
 
     num_steps = arguments.steps if recipe == "published" else arguments.epochs * train_models.STEPS_PER_EPOCH
     callback = Measurement(partial(measure, arguments=arguments, seed=seed), num_steps, save)
@@ -190,13 +184,6 @@ def plot(runs, path):
     ax.figure.savefig(path, dpi=80)
 
 
-def summarise(values):
-    """Return "mean (smallest to largest)"."""
-    numbers = (np.mean(values), np.min(values), np.max(values))
-    mean, low, high = (np.format_float_positional(x, precision=3, fractional=False, trim="-") for x in numbers)
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
 def write_results(arguments):
     """Write picture and table of the rows in the csv file."""
     rows = np.genfromtxt(arguments.folder / CSV, delimiter=",", names=True, dtype=None, encoding="utf-8")
@@ -210,7 +197,7 @@ def write_results(arguments):
             continue
         untrained, best, last = zip(*((run[0], run[run[name].argmin()], run[-1]) for run in its_runs), strict=True)
         numbers = ((untrained, name), (best, name), (best, "seconds"), (last, name), (last, "seconds"))
-        numbers = (summarise([row[column] for row in reached]) for reached, column in numbers)
+        numbers = (report.describe_spread([row[column] for row in reached]) for reached, column in numbers)
         table.append((f"{recipe}, {name.replace('_', ' ').replace('tv', 'TV').replace('kl', 'KL')}", *numbers))
     steps = ", ".join(f"{recipe} {len(its)} x {its[0]['step'][-1]}" for recipe, its in runs.items())
     text = (

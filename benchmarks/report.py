@@ -3,13 +3,17 @@
 import csv
 import datetime
 import importlib.metadata
+import io
 import os
 import platform
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from egm_dde.files import replacing
 
 FOLDER = Path(__file__).parent
 
@@ -35,26 +39,39 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def replace_run(path, key, rows):
+    """Write the rows of a run, dicts, to a CSV file, in place of all rows with the values ``key``, a dict, of it."""
+    key = {name: str(value) for name, value in key.items()}
+    rows = [row for row in read_rows(path) if key.items() - row.items()] + rows
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as temporary:
+        temporary.write_text(text.getvalue(), newline="")
+
+
 def add_row(path, row, key):
-    """Add a run, a dict, to a CSV file, in place of the one with equal values of the columns ``key``."""
-    row = {name: str(value) for name, value in row.items()}
-    rows = [old for old in read_rows(path) if any(old[name] != row[name] for name in key)] + [row]
-    partial = Path(path).with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    """Add a run of one row to a CSV file, in place of the one with equal values of the columns ``key``."""
+    replace_run(path, {name: row[name] for name in key}, [row])
     print(row, file=sys.stderr, flush=True)
 
 
-def summarise(rows, name, digits):
-    """Return "mean (smallest to largest)" of a column; nothing if a run has no such number, as without modes."""
-    values = np.array([float(row.get(name) or "nan") for row in rows])
+def describe_spread(values, write=None):
+    """Return "mean (smallest to largest)", or nothing if there are none or a run has no such number.
+
+    ``write`` makes text of a number; None gives it three significant digits.
+    """
     if not len(values) or np.isnan(values).any():
         return ""
-    mean, low, high = (f"{value:.{digits}f}" for value in (values.mean(), values.min(), values.max()))
+    write = write or partial(np.format_float_positional, precision=3, fractional=False, trim="-")
+    mean, low, high = (write(value) for value in (np.mean(values), np.min(values), np.max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def summarise(rows, name, digits):
+    """Return the spread of a column of rows, with so many digits; nothing if a run lacks it, as without modes."""
+    return describe_spread([float(row.get(name) or "nan") for row in rows], lambda value: f"{value:.{digits}f}")
 
 
 def write_section(name, text, path=FOLDER / "README.md"):
@@ -69,9 +86,8 @@ def write_section(name, text, path=FOLDER / "README.md"):
     content, count = pattern.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", content)
     if count != 1:
         raise ValueError(f"{path} must have one section between {begin.strip()!r} and {end!r}, found {count}")
-    partial = path.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)  # at once, so that an interrupted run leaves the old file
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
     print(f"{text}\n\n(written to {path})", file=sys.stderr)
 
 
