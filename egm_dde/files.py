@@ -33,14 +33,17 @@ def replacing(path):
 
 
 class NamedMemory(io.BytesIO):
-    """A file in memory, where HDF5 writes first: on a full disk it would crash the process."""
+    """A file in memory, where HDF5 writes first: on a full disk it would crash the process.
 
-    def __init__(self, name):
+    Keras looks at the end of its name. Up to version 3.9 it opens the file of that name instead.
+    """
+
+    def __init__(self, path):
         super().__init__()
-        self.name = name
+        self.path = path
 
-    def __str__(self):  # Keras looks at the end of it
-        return self.name
+    def __str__(self):
+        return str(self.path)
 
 
 def check_archive(path):

@@ -220,9 +220,10 @@ class Trainable(keras.Model):
         with replacing(filepath) as temporary:
             if options.get("max_shard_size") is not None:
                 return super().save_weights(temporary, **options)
-            memory = NamedMemory(temporary.name)
+            memory = NamedMemory(temporary)
             super().save_weights(memory, **options)
-            temporary.write_bytes(memory.getvalue())
+            if written := memory.getvalue():
+                temporary.write_bytes(written)
 
     def export(self, filepath, format="tf_saved_model", **options):
         """Export what calling the model returns, as ``keras.Model.export`` does; a folder is replaced whole."""

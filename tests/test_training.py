@@ -289,6 +289,8 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_the_old_file(name, tmp_path):
+    if name == "model.weights.h5" and tuple(map(int, keras.version().split(".")[:2])) < (3, 10):
+        pytest.skip("this Keras writes weights to a file itself, and HDF5 crashes on a full disk")
     model, path = make_model("EGM"), tmp_path / name
     WRITERS[name](model, path)
     before = contents(path)
