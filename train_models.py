@@ -1,13 +1,10 @@
 """Train the tutorial's model on every data set: ``make models``; or film it on one: ``make gifs``.
 
-The recipe is the notebook's, as functions for the benchmarks too. The models are written to ``example_models/``,
-without the state of the optimizers, with one picture of all of them.
+The recipe is the notebook's, for the benchmarks too. The models go to ``example_models/``, with a picture of all.
 """
 
 import argparse
-import json
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +18,6 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from egm_dde import evaluation, visualization
-from egm_dde.files import replacing
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
@@ -31,7 +27,6 @@ EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2}
 STEPS_PER_EPOCH = 50
 EPOCHS = 100
 NUM_BATCHES = 2000
-NEWER_SETTINGS = ("quantization_config", "input_axes", "output_axes")  # of Dense and of initializers
 FOLDER = Path(__file__).parent / "example_models"
 
 
@@ -77,30 +72,14 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
 
 
 def save_without_optimizers(model, path):
-    """Save a model without the state of its optimizers, most of the file, so that Keras 3.8 and newer load it."""
+    """Save a model without the state of its optimizers, which is most of the file."""
     config = model.get_config()
     for part in config.values():
         if isinstance(part, dict):  # a DDE that was compiled would come back with an optimizer
             part.pop("compile_config", None)
     copy = type(model).from_config(config)
     copy.set_weights(model.get_weights())
-    with replacing(path) as temporary:
-        copy.save(temporary)
-        drop_newer_settings(temporary)
-
-
-def drop_newer_settings(path):
-    """Remove ``NEWER_SETTINGS`` from a ``.keras`` file where they are None: Keras 3.8 does not know them."""
-
-    def drop(config):
-        return {name: value for name, value in config.items() if value is not None or name not in NEWER_SETTINGS}
-
-    with zipfile.ZipFile(path) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    files["config.json"] = json.dumps(json.loads(files["config.json"], object_hook=drop))
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
+    copy.save(path)
 
 
 def make_films(dataset, folder, seed=0):
@@ -125,8 +104,8 @@ def make_films(dataset, folder, seed=0):
 def draw_gallery(models):
     """Draw the density and samples of models, a dict by data set, as a Matplotlib figure."""
     figure = Figure(figsize=(3 * len(models), 6.4), layout="constrained")
-    axes = figure.subplots(2, len(models)).T
-    for (ax_density, ax_samples), (dataset, model) in zip(axes, models.items(), strict=True):
+    columns = zip(figure.subplots(2, len(models)).T, models.items(), strict=True)
+    for (ax_density, ax_samples), (dataset, model) in columns:
         visualization.plot_density(ax_density, model.dde_real.log_density)
         ax_density.set_title(dataset)
         visualization.plot_samples(ax_samples, sample_2d_data(dataset, 3000, 0), model.sample(3000, seed=0))

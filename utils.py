@@ -55,8 +55,8 @@ def sample_2d_data(dataset, n_samples, rng=None):
 def noisy_density_2d(dataset, points, noise_std):
     """Evaluate the exact density of ``data + N(0, noise_std^2 I)``, the noisy density of arXiv:2001.02728, Eq. 2.
 
-    No samples are involved: Gaussians stay Gaussians, a square becomes a product of differences of normal distribution
-    functions, a ring becomes a Bessel function, and the spirals are a Gauss-Legendre quadrature over the angle.
+    Gaussians stay Gaussians, a square becomes a product of differences of normal distribution functions, a ring becomes
+    a Bessel function, and the spirals are a Gauss-Legendre quadrature over the angle.
 
     Args:
         dataset: one of ``DATASETS``; ValueError is raised for another.

@@ -20,15 +20,11 @@ def is_finite_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_integer(value, smallest):
-    """Whether a value is an integer of at least ``smallest``, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= smallest
-
-
-def check_integer(name, value, smallest=1):
-    """Return an integer of at least ``smallest`` as an int, or raise ValueError."""
-    if not is_integer(value, smallest):
-        raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+def check_integer(name, value, smallest=1, end=math.inf):
+    """Return an integer of at least ``smallest`` and less than ``end`` as an int, or raise ValueError."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not smallest <= value < end:
+        upper = f" and less than {end}" if end < math.inf else ""
+        raise ValueError(f"{name} must be an integer of at least {smallest}{upper}, got {value!r}")
     return int(value)
 
 
@@ -56,11 +52,7 @@ def check_bool(name, value):
 
 def check_seed(seed):
     """Return a seed as an int; None draws one from Python's ``random``."""
-    if seed is None:
-        return random.getrandbits(31)
-    if not is_integer(seed, 0) or seed >= 2**31:
-        raise ValueError(f"seed must be None or an integer from 0 to 2**31 - 1, got {seed!r}")
-    return int(seed)
+    return random.getrandbits(31) if seed is None else check_integer("seed, unless it is None,", seed, 0, 2**31)
 
 
 def check_noise_std(noise_std):
@@ -82,10 +74,9 @@ def check_levels(noise_std, noise_range, num_points):
         return
     low, high = noise_range
     level = np.asarray(noise_std)
-    if level.dtype.kind not in "fiu":
-        raise ValueError(f"noise_std must be a number or one a point, got {noise_std!r}")
-    if level.ndim and level.shape not in ((num_points,), (num_points, 1)):
-        raise ValueError(f"noise_std must be a number or one a point, ({num_points},); got shape {level.shape}")
+    if level.dtype.kind not in "fiu" or (level.ndim and level.shape not in ((num_points,), (num_points, 1))):
+        given = f"{noise_std!r} of shape {level.shape}"
+        raise ValueError(f"noise_std must be a number or one a point, ({num_points},); got {given}")
     if not ((level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))).all():  # forgives levels made of float32
         raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
 
@@ -198,14 +189,10 @@ def input_shape(net):
 
 
 def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
-    """Return data as a NumPy array (n, *event), or raise ValueError, which says what is wrong with them.
+    """Return data ``x`` as a NumPy array (n, *event), or raise ValueError, which calls them ``name``.
 
-    Args:
-        name: what the error calls them.
-        x: array of real numbers.
-        event_shape: shape of a point; None in it stands for any size, None instead of it for any shape.
-        dtype: "float32" or "float64".
-        smallest_noise_std: what rounding errors are compared with, in data units.
+    None in ``event_shape`` stands for any size, None instead of it for any shape. ``dtype`` is float32 or float64;
+    rounding errors are compared with ``smallest_noise_std``, in data units.
     """
     try:
         array = np.asarray(x)

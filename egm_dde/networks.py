@@ -31,10 +31,9 @@ class _ExactLayer(keras.layers.Layer):
 class RandomFourierFeatures(_ExactLayer):
     """Map x to [x, sin(x B), cos(x B)] with fixed random frequencies B ~ N(0, scale^2) (arXiv:2006.10739).
 
-    Plain small networks learn the fine structure of a density very slowly; with these features they learn it fast.
-    Given the noise level, each wave is damped the way noise n ~ N(0, I) blurs it,
-    E sin((x + noise_std n) b) = exp(-noise_std^2 ||b||^2 / 2) sin(x b), so that the smooth densities of large noise
-    are not made of fine waves that have to cancel.
+    Small networks learn the fine structure of a density fast with them. Given the noise level, each wave is damped the
+    way noise n ~ N(0, I) blurs it, E sin((x + noise_std n) b) = exp(-noise_std^2 ||b||^2 / 2) sin(x b), so that the
+    smooth densities of large noise are not made of fine waves that have to cancel.
 
     Args:
         num_features: number of frequencies; the output has ``dim + 2 * num_features`` columns.
@@ -122,7 +121,7 @@ def build_energy_net(
 ):
     """Build the network of a DDE: random Fourier features, dense layers, one scalar, plus a Gaussian base measure.
 
-    Few waves fill a plane, but not a space of many dimensions. Without them, the points are divided by
+    Few waves fill a plane, but not a space of many dimensions. There, the points are divided by
     sqrt(data_std^2 + noise_std^2) instead, and three layers of 256 with "silu" learn well up to some 60 dimensions.
 
     Args:
@@ -154,14 +153,7 @@ def build_energy_net(
 
 
 def build_generator(  # noqa: D417
-    latent_dim=2,
-    dim=2,
-    widths=(128, 128),
-    activation="relu",
-    num_features=64,
-    feature_scale=2.0,
-    data_std=2.0,
-    seed=0,
+    latent_dim=2, dim=2, widths=(128, 128), activation="relu", num_features=64, feature_scale=2.0, data_std=2.0, seed=0
 ):
     """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
 
@@ -233,9 +225,9 @@ def build_image_energy_net(  # noqa: D417
 def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), filters=(), seed=0):  # noqa: D417
     """Build the generator of images: a linear map, corrected by dense layers and transposed convolutions with ReLU.
 
-    It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i: as diverse
-    as they are, and with no point far away. From random weights, it would start narrow, grow in leaps that its density
-    estimator cannot follow, and lose modes on the way. All of it is trained, the linear map too.
+    It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i. From random
+    weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes on the way.
+    All of it is trained, the linear map too.
 
     Args:
         components: (latent_dim, height, width, channels): principal components of the data, each as long as the

@@ -25,9 +25,10 @@ from egm_dde.files import replacing
 CLEAR_LINE = "\r\x1b[K"  # on a terminal, and go back to its start
 SECONDS_BETWEEN_LINES = 10  # of progress, where lines cannot be rewritten
 # The same on every machine, so that executing a notebook changes nothing but its outputs.
-PYTHON = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-METADATA = {"kernelspec": KERNEL, "language_info": PYTHON}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
+}
 
 
 class ReportingClient(NotebookClient):

@@ -1,39 +1,23 @@
 """What a DDE gives without a generator: points, by Langevin dynamics, and the constant that normalises its density.
 
-* ``langevin`` moves points until they follow the noisy density at one level.
-* ``annealed_langevin`` draws points of the data, with a DDE of a range of levels.
-* ``log_partition`` estimates the logarithm of the integral of exp(log density), with its standard error: subtract it,
-  and the log density is normalised.
-
-All of them take a trained ``energy_models.DDE`` and leave it as it is. They raise ValueError for arguments that are not
-as described, and FloatingPointError where points or log densities are not finite: the steps are too large.
+All functions take a trained ``energy_models.DDE`` and leave it as it is. They raise ValueError for other arguments than
+described, and FloatingPointError where points or log densities are not finite: the steps are too large.
 """
 
+import functools
 import itertools
 import math
 import warnings
-import weakref
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from scipy.linalg import solve_triangular
-from scipy.spatial.distance import cdist
-from scipy.special import gammaln, logsumexp
+from scipy.special import logsumexp
 
 from egm_dde import checks, draws
 
-# The network sees this many points at a time: it bounds the memory, and keeps the hidden units in the cache.
-POINTS_PER_CHUNK = 2**14
-
-# The points of annealed_langevin start far from the noisy density of the highest level, those of a lower one do not.
-STEPS_AT_THE_TOP = 10
-
-# The proposal of importance sampling: data points that it is centred on, and the weight of its broad part (Hesterberg
-# 1995). Degrees of freedom are d + 5: near Gaussian, with heavier tails.
-NUM_CENTRES = 1024
-BROAD_SHARE = 0.1
-EXTRA_FREEDOM = 5
+POINTS_PER_CHUNK = 2**14  # for the network: it bounds the memory, and keeps the hidden units in the cache
+STEPS_AT_THE_TOP = 10  # of annealed_langevin, whose points start far from the noisy density of the highest level
 
 # Annealed importance sampling: chains of the pilot run, and the share of accepted steps that it aims at, the best one
 # in many dimensions (Roberts and Rosenthal 1998).
@@ -62,9 +46,8 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
     """Move points by Langevin dynamics: x <- x + step_size * score(x) + sqrt(2 step_size) * N(0, I).
 
     After enough steps the points follow the noisy density of the DDE at one level (Roberts and Tweedie 1996). Far modes
-    exchange no points in feasible time and keep the shares of the start. Steps below 2 noise_std^2 are stable, but not
-    free of error: along an axis where the density is Gaussian of variance a^2, the points have the variance
-    a^2 / (1 - step_size / (2 a^2)), which is off by 5 % at most at the default.
+    exchange no points in feasible time. Steps below 2 noise_std^2 are stable, but not free of error: where the density
+    is Gaussian of variance a^2, the points have the variance a^2 / (1 - step_size / (2 a^2)).
 
     Args:
         dde: ``DDE``.
@@ -73,7 +56,7 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
         step_size: a positive number, in squared data units; None is 0.1 noise_std^2.
         noise_std: for a DDE of a range of levels, the level, in data units; None is the lowest.
         adjusted: whether a step is accepted or rejected by the rule of Metropolis and Hastings (MALA), so that the
-            density is met exactly at any step size; about 0.6 of the steps accepted is best.
+            density is met exactly at any step size.
         seed: integer for repeatable points; None draws fresh noise.
 
     Returns:
@@ -86,32 +69,30 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
     checks.check_bool("adjusted", adjusted)
     seed = checks.check_seed(seed)
     x = tf.constant(checks.check_points("x", x, dde.event_shape, dde.variable_dtype, level))
-    evaluate = compile_dde(dde, x, level)
+    evaluate = functools.partial(compile_dde(dde, x), level=level)
     state = x, *evaluate(x)
     for step in range(num_steps):
         state, _ = move(evaluate, state, step_size, draws.draw_key(seed, "langevin", step), adjusted)
     return check_finite(state[0].numpy(), f"step_size={step_size:g}")
 
 
-def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_ratio=0.3, denoise=True, seed=None):
+def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, denoise=True, seed=None):
     """Draw points of the data by Langevin dynamics at ever lower noise levels (Song and Ermon 2019, arXiv:1907.05600).
 
-    Where the noise is as wide as the data, no two modes are apart, and points from a broad Gaussian soon follow the
-    noisy density. From there, a geometric ladder of levels leads down. At each level s, the points take
+    Where the noise is as wide as the data, points from a broad Gaussian soon follow the noisy density. From there, a
+    geometric ladder of levels leads down. At each level s, the points take
 
-    1. ``steps_per_level`` steps of ``langevin`` of size step_ratio * s^2, ten times as many at the highest level;
+    1. one step of ``langevin`` of size step_ratio * s^2, ten steps at the highest level;
     2. one step of the probability flow, which takes the density of this level to that of the next one, t (Song et al.
        2021, arXiv:2011.13456, Eq. 13): x <- x + (s^2 - t^2) / 2 * score(x, s).
 
-    With one step of each a level, the network is evaluated 2 num_levels + 10 times. At the end, t = 0 takes the noise
-    of the lowest level off (half-denoising, arXiv:2410.05837); ``DDE.denoise`` would go twice as far, to the mean of
-    the points that x may have come from, which shrinks a distribution.
+    In all, the network is evaluated 2 num_levels + 10 times. At the end, t = 0 takes the noise of the lowest level off
+    (half-denoising, arXiv:2410.05837); ``DDE.denoise`` would go twice as far, which shrinks a distribution.
 
     Args:
         dde: ``DDE`` of a range of levels, the highest one about as wide as the data or wider; data that are centred.
         n_samples: number of points, an integer of at least 1.
         num_levels: number of levels, an integer of at least 2.
-        steps_per_level: number of Langevin steps at each level, an integer of at least 1.
         step_ratio: step size in units of the squared level, a positive number; 0.1 to 0.6 are good, 2 is unstable.
         denoise: whether the points come to the clean data, or follow the noisy density of the lowest level.
         seed: integer for repeatable points; None draws fresh ones.
@@ -127,7 +108,6 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
         raise ValueError(f"the network of dde must know the shape of its points, got event_shape={dde.event_shape!r}")
     n_samples = checks.check_integer("n_samples", n_samples)
     num_levels = checks.check_integer("num_levels", num_levels, 2)
-    steps_per_level = checks.check_integer("steps_per_level", steps_per_level)
     step_ratio = checks.check_positive("step_ratio", step_ratio)
     last_level = 0.0 if checks.check_bool("denoise", denoise) else low
     seed = checks.check_seed(seed)
@@ -136,10 +116,11 @@ def annealed_langevin(dde, n_samples, num_levels=60, steps_per_level=1, step_rat
     # As wide as the noisy density is where the data are as wide as the noise.
     x = math.sqrt(2) * high * draws.normal((n_samples, *dde.event_shape), next(keys), dde.variable_dtype)
     levels = [*np.geomspace(high, low, num_levels).tolist(), last_level]
+    evaluate_at = compile_dde(dde, x)
     for level, next_level in itertools.pairwise(levels):
-        evaluate = compile_dde(dde, x, level)
+        evaluate = functools.partial(evaluate_at, level=level)
         state = x, *evaluate(x)
-        for _ in range(steps_per_level * (STEPS_AT_THE_TOP if level == levels[0] else 1)):
+        for _ in range(STEPS_AT_THE_TOP if level == high else 1):
             state, _ = move(evaluate, state, step_ratio * level**2, next(keys))
         x, _, score = state
         x += (level**2 - next_level**2) / 2 * score
@@ -178,54 +159,41 @@ def move(evaluate, state, step_size, key, adjusted=False, power=1.0):
 # ---------------------------------------------------------------------------------------------- the constant
 
 
-def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=None, num_steps=200, seed=None):
-    """Estimate log Z, the logarithm of the integral Z of exp(dde.log_density), by weighted points.
+def log_partition(dde, data, n_samples=10_000, noise_std=None, num_steps=100, seed=None):
+    """Estimate log Z, Z the integral of exp(dde.log_density), by annealed importance sampling (Neal 2001).
 
-    ``dde.log_density(x, noise_std) - value`` is then a normalised log density, in nats. The weights w of n points have
-    the mean Z whatever the density is, so that
+    ``dde.log_density(x, noise_std) - value`` is then a normalised log density, in nats. Points start from the Gaussian
+    density q that has mean and covariance of the data with noise, and go through the densities proportional to
+    q^(1 - b) exp(log density)^b, with b = 1/num_steps, 2/num_steps, ..., 1. At each b they take one adjusted Langevin
+    step, in coordinates where q is standard normal, of a size that a pilot run has found. Their weights w, the product
+    of (exp(log density) / q)^(1/num_steps) on the way, have the mean Z whatever the density is, so that
 
         value = log(mean of w),  effective sample size = (sum of w)^2 / sum of w^2,
         standard error = sqrt(1 / effective sample size - 1 / n).
 
-    ``"importance"``: w = exp(log density) / q at points from a proposal density q fitted to the data: a mixture of t
-    distributions around data points, as wide as a kernel density estimate and the noise together, and one part as wide
-    as all data with noise. It is good where the noise is as wide as the data, and in few dimensions full of data.
-
-    ``"annealed"``: annealed importance sampling (Neal 2001). The points start from the Gaussian q that has mean and
-    covariance of the data with noise, and go through the densities proportional to q^(1 - b) exp(log density)^b, with
-    b = 1/num_steps, 2/num_steps, ..., 1; their weights are the product of (exp(log density) / q)^(1/num_steps) on the
-    way. At each b they take one adjusted Langevin step, in coordinates where q is standard normal, of a size that a
-    pilot run has found. It is for densities far from Gaussian in more than a few dimensions.
-
     With a range of levels, dual score matching gives all of them one constant, so it is measured at the highest, where
     it is easy. In many dimensions the constants may differ by a tenth of a nat and more, which no standard error tells:
-    where that matters, give the level that is used as ``noise_std``, with "annealed". A part of the density where no
-    point was drawn, such as a mode that ``data`` do not have, is missed unseen.
+    where that matters, give the level that is used as ``noise_std``. A part of the density where no point arrives, such
+    as a mode that ``data`` do not have, is missed unseen.
 
     Args:
         dde: ``DDE``.
         data: clean data points (n, *event), in data units; a few thousand are enough.
-        method: "importance" or "annealed".
         n_samples: number of weighted points, an integer of at least 1.
         noise_std: for a DDE of a range of levels, the level, in data units; None is the highest.
-        num_steps: number of steps of "annealed", an integer of at least 1; the more, the more equal the weights.
+        num_steps: number of steps, an integer of at least 1; the more, the more equal the weights.
         seed: integer for a repeatable estimate; None draws fresh points.
 
     Returns:
         ``LogPartition``. A UserWarning says if the effective sample size is too small: the value is then too low.
     """
     check_dde(dde)
-    if method not in ("importance", "annealed"):
-        raise ValueError(f'method must be "importance" or "annealed", got {method!r}')
     n_samples = checks.check_integer("n_samples", n_samples)
     num_steps = checks.check_integer("num_steps", num_steps)
     level = choose_level(dde, noise_std, default=dde.noise_range[1])
     seed = checks.check_seed(seed)
     data = checks.check_points("data", data, dde.event_shape, dde.variable_dtype, level)
-    if method == "importance":
-        log_weights = weigh(dde, data, level, n_samples, seed)
-    else:
-        log_weights = weigh_annealed(dde, data, level, n_samples, num_steps, seed)
+    log_weights = weigh(dde, data, level, n_samples, num_steps, seed)
     log_sum = logsumexp(log_weights)
     if not math.isfinite(log_sum):
         raise FloatingPointError(f"the log density of dde must be finite, got {log_sum} as the logarithm of its sum")
@@ -234,7 +202,7 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
     if not is_reliable:
         warnings.warn(
             f"{n_samples} points have an effective sample size of {sample_size:.1f}, so log Z is most likely too low: "
-            'try method="annealed", more num_steps, a larger noise_std, or data that the DDE has learned',
+            "try more num_steps, a larger noise_std, or data that the DDE has learned",
             stacklevel=2,
         )
     value = float(log_sum - math.log(n_samples))
@@ -242,70 +210,19 @@ def log_partition(dde, data, method="importance", n_samples=10_000, noise_std=No
     return LogPartition(value, standard_error, sample_size, n_samples, is_reliable)
 
 
-def weigh(dde, data, level, n_samples, seed):
-    """Logarithms (n_samples,) of the weights of importance sampling."""
-    rng = np.random.default_rng(seed)
-    points, mean, covariance = fit_gaussian(data)
-    dim = len(mean)
-    noise = level**2 * np.eye(dim)
-    centres = points[rng.permutation(len(points))[:NUM_CENTRES]]
-    # Silverman's rule, and centres moved inwards, so that mean and covariance of the mixture are those of the data.
-    width = min(1.0, (4 / (len(centres) * (dim + 2))) ** (1 / (dim + 4)))
-    centres = mean + math.sqrt(1 - width**2) * (centres - mean)
-    fine = StudentMixture(centres, width**2 * covariance + noise)
-    broad = StudentMixture(mean[None], covariance + noise)
-
-    is_broad = rng.random((n_samples, 1)) < BROAD_SHARE
-    x = np.where(is_broad, broad.draw(n_samples, rng), fine.draw(n_samples, rng)).astype(data.dtype)
-    log_proposal = np.logaddexp(
-        math.log(1 - BROAD_SHARE) + fine.log_density(x.astype(np.float64)),
-        math.log(BROAD_SHARE) + broad.log_density(x.astype(np.float64)),
-    )
-    x = x.reshape(-1, *data.shape[1:])
-    chunks = np.split(x, range(POINTS_PER_CHUNK, n_samples, POINTS_PER_CHUNK))
-    log_density = np.concatenate([dde.log_density(chunk, noise_std=level)[:, 0] for chunk in chunks])
-    return log_density.astype(np.float64) - log_proposal
-
-
-class StudentMixture:
-    """Multivariate t distributions of equal weight and scale around centres (m, d)."""
-
-    def __init__(self, centres, scale):
-        self.centres = centres
-        self.factor = np.linalg.cholesky(scale)
-        self.freedom = centres.shape[1] + EXTRA_FREEDOM
-
-    def draw(self, n_samples, rng):
-        """Draw points (n_samples, d)."""
-        centres = self.centres[rng.integers(len(self.centres), size=n_samples)]
-        stretch = np.sqrt(self.freedom / rng.chisquare(self.freedom, size=(n_samples, 1)))
-        return centres + stretch * rng.standard_normal(centres.shape) @ self.factor.T
-
-    def log_density(self, x):
-        """Log density (n,) at points (n, d)."""
-        dim, freedom = x.shape[1], self.freedom
-        x, centres = (solve_triangular(self.factor, points.T, lower=True).T for points in (x, self.centres))
-        log_sums = []
-        for start in range(0, len(x), 2**10):  # bounds the memory
-            squared_distances = cdist(x[start : start + 2**10], centres, "sqeuclidean")
-            log_sums.append(logsumexp(-(freedom + dim) / 2 * np.log1p(squared_distances / freedom), axis=1))
-        log_normalizer = gammaln(freedom / 2) - gammaln((freedom + dim) / 2) + dim / 2 * math.log(freedom * math.pi)
-        log_normalizer += np.log(np.diag(self.factor)).sum() + math.log(len(centres))
-        return np.concatenate(log_sums) - log_normalizer
-
-
-def weigh_annealed(dde, data, level, n_samples, num_steps, seed):
+def weigh(dde, data, level, n_samples, num_steps, seed):
     """Logarithms (n_samples,) of the weights of annealed importance sampling."""
-    _, mean, covariance = fit_gaussian(data)
-    dim = len(mean)
+    points = data.reshape(len(data), -1).astype(np.float64)
+    mean, dim = points.mean(axis=0), points.shape[1]
+    covariance = (points - mean).T @ (points - mean) / len(points)
     factor = np.linalg.cholesky(covariance + level**2 * np.eye(dim))
     log_normalizer = dim / 2 * math.log(2 * math.pi) + np.log(np.diag(factor)).sum()  # of the start
     matrix, centre = tf.constant(factor, data.dtype), tf.constant(mean, data.dtype)
-    evaluate_dde = compile_dde(dde, data, level)
+    evaluate_dde = compile_dde(dde, data)
 
     def evaluate(z):  # the points of the DDE are mean + factor z
         x = centre + tf.matmul(z, matrix, transpose_b=True)
-        log_density, score = evaluate_dde(tf.reshape(x, (-1, *data.shape[1:])))
+        log_density, score = evaluate_dde(tf.reshape(x, (-1, *data.shape[1:])), level)
         return log_density, tf.matmul(tf.reshape(score, tf.shape(z)), matrix)
 
     def anneal(n_chains, step_sizes, keys, adapts):
@@ -334,24 +251,18 @@ def weigh_annealed(dde, data, level, n_samples, num_steps, seed):
 
 # ---------------------------------------------------------------------------------------------- helpers
 
-# The graph of each DDE. It holds the weights, but not the DDE, and goes when that goes.
-graphs = weakref.WeakKeyDictionary()
 
-
-def compile_dde(dde, x, level):
-    """Return a function of points (n, *event) to log density (n, 1) and score (n, *event) at a level, run as a graph.
+def compile_dde(dde, x):
+    """Return a function of points (n, *event) and a level to log density (n, 1) and score (n, *event), run as a graph.
 
     The points ``x`` are such points: one of them builds a network that has no Input.
     """
-    if dde not in graphs:
-        dde(x[:1], noise_std=level)
-        reference = weakref.ref(dde)
-        specs = [tf.TensorSpec((None, *dde.event_shape), dde.variable_dtype), tf.TensorSpec((), dde.variable_dtype)]
-        graphs[dde] = tf.function(lambda x, level: reference()(x, noise_std=level), specs, autograph=False)
-    graph, level = graphs[dde], tf.constant(level, dde.variable_dtype)
+    dde(x[:1])
+    specs = [tf.TensorSpec((None, *dde.event_shape), dde.variable_dtype), tf.TensorSpec((), dde.variable_dtype)]
+    graph = tf.function(lambda x, level: dde(x, noise_std=level), specs, autograph=False)
 
-    def evaluate(x):
-        starts = range(0, len(x), POINTS_PER_CHUNK)
+    def evaluate(x, level):
+        starts, level = range(0, len(x), POINTS_PER_CHUNK), tf.constant(level, dde.variable_dtype)
         log_density, score = zip(*(graph(x[start : start + POINTS_PER_CHUNK], level) for start in starts), strict=True)
         return tf.concat(log_density, axis=0), tf.concat(score, axis=0)
 
@@ -361,13 +272,6 @@ def compile_dde(dde, x, level):
 def squared_norm(x):
     """Sum (n, 1) of the squares of each point (n, *event)."""
     return tf.reduce_sum(tf.square(x), axis=range(1, x.shape.rank))[:, None]
-
-
-def fit_gaussian(data):
-    """Points (n, d), float64, and their mean (d,) and covariance (d, d)."""
-    points = data.reshape(len(data), -1).astype(np.float64)
-    mean = points.mean(axis=0)
-    return points, mean, (points - mean).T @ (points - mean) / len(points)
 
 
 def check_dde(dde):

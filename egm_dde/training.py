@@ -65,14 +65,14 @@ class Trainable(keras.Model):
         """Train as ``keras.Model.fit`` does, on data in an order that a resumed run repeats.
 
         ``x`` holds points (n, *event), an array of real numbers, or batches of them (batch, *event): a
-        ``tf.data.Dataset``, a ``keras.utils.PyDataset`` or a generator. ``y`` is ignored and weights are refused:
-        there are no targets. ``batch_size`` None is 32; on several devices, points of an array that fill no batch are
-        left out. With ``steps_per_epoch``, data begin again where they end, within an epoch too.
+        ``tf.data.Dataset``, a ``keras.utils.PyDataset`` or a generator. ``y`` is ignored. ``batch_size`` None is 32; on
+        several devices, points of an array that fill no batch are left out. With ``steps_per_epoch``, data begin again
+        where they end, within an epoch too.
 
-        A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore`` among the
-        callbacks, or on a model loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass,
-        by ``seed`` and the number of steps made. A ``tf.data.Dataset`` is read up to the batch that comes next, so it
-        has to repeat itself: give its ``shuffle`` a seed. Other iterables start anew.
+        A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore``, or on a model
+        loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass, by ``seed`` and the
+        number of steps made. A ``tf.data.Dataset`` has to repeat itself: give its ``shuffle`` a seed. Other iterables
+        start anew.
 
         Raises:
             ValueError: for data that are empty, not finite, not real numbers, of another shape, or so large that their

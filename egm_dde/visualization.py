@@ -113,9 +113,9 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
     """Write uint8 RGB frames (n, height, width, 3) as an endlessly looping GIF, all or nothing.
 
     A failure leaves an existing file as it was; missing parent folders are made. The last frame is shown for
-    ``last_frame_duration`` seconds, the others for ``frame_duration``, both rounded to hundredths. A frame equal to the
-    one before it is merged into it. All frames share one palette, so that colours are steady; it shrinks from 256 to as
-    few as 32 colours if the file would be larger than ``max_bytes``.
+    ``last_frame_duration`` seconds, the others for ``frame_duration``, rounded to hundredths. Equal frames in a row are
+    merged. All share one palette, so that colours are steady; it shrinks from 256 to as few as 32 colours if the file
+    would be larger than ``max_bytes``.
     """
     for name, seconds in (("frame_duration", frame_duration), ("last_frame_duration", last_frame_duration)):
         check_interval(name, seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
@@ -150,9 +150,8 @@ class Film:
     def __init__(self, figure_size=(4.0, 4.4), dpi=48):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for length in figure_size:
-            check_positive("each of figure_size", length)
-        check_positive("dpi", dpi)
+        for name, size in (("each of figure_size", min(figure_size)), ("dpi", dpi)):
+            check_positive(name, size)
         self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(anchor="N")
@@ -224,7 +223,8 @@ class ProgressBar(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._start = self._latest = time.monotonic()
         self._first_epoch = self._handle = self._pace_start = None
-        self._display = _notebook_display()
+        ipython = sys.modules.get("IPython")  # a notebook has imported it
+        self._display = ipython.display.display if ipython and ipython.get_ipython() else None
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -267,12 +267,6 @@ class ProgressBar(keras.callbacks.Callback):
             self._handle = self._display(shown, raw=True, display_id=True)
         else:
             self._handle.update(shown, raw=True)
-
-
-def _notebook_display():
-    """The display function of the running notebook, or None outside one."""
-    ipython = sys.modules.get("IPython")  # a notebook has imported it
-    return ipython.display.display if ipython and ipython.get_ipython() else None
 
 
 def _share_palette(frames, num_colors):

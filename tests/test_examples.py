@@ -114,6 +114,7 @@ def test_kept_images():
 # ---------------------------------------------------------------------------------------------- short runs
 
 
+@pytest.mark.slow
 def test_short_density_benchmark(tmp_path):
     data = tmp_path / "data" / "POWER"
     data.mkdir(parents=True)
@@ -139,6 +140,7 @@ def test_short_density_benchmark(tmp_path):
     assert "POWER needs" not in missing
 
 
+@pytest.mark.slow
 def test_short_images_with_backup(tmp_path):
     backup = tmp_path / "backup"
     notebook = run(tmp_path, "images", STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
@@ -154,7 +156,8 @@ def test_short_images_with_backup(tmp_path):
     assert "accuracy on 360 test images" in texts(notebook, "text/plain")
 
 
-@pytest.mark.parametrize("dataset", ["celeba", pytest.param("stacked_mnist", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["celeba", "stacked_mnist"])
 def test_short_images_from_local_files(tmp_path, dataset):
     write_faces(tmp_path / "data")
     write_mnist(tmp_path / "data")

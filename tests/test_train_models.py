@@ -1,4 +1,3 @@
-import json
 import zipfile
 
 import keras
@@ -41,6 +40,7 @@ def test_a_measurement_is_against_the_data_set_asked_for(briefly_trained, datase
         assert generated["generator_tv"] > 0.2 + generated["generator_tv_floor"]
 
 
+@pytest.mark.slow
 def test_films_are_written_alone(tmp_path, capsys, monkeypatch):
     arguments = ["--gifs", "--dataset", "rings", "--epochs", "2", "--output-dir", str(tmp_path / "films")]
     monkeypatch.setattr("sys.argv", ["train_models.py", *arguments])
@@ -73,28 +73,6 @@ def test_a_file_without_optimizers_holds_the_model(briefly_trained, tmp_path):
             expected = getattr(briefly_trained, name)(points, noise_std=noise_std)
             for one, other in zip(getattr(loaded, name)(points, noise_std=noise_std), expected, strict=True):
                 np.testing.assert_array_equal(one, other)
-
-
-def test_settings_that_old_versions_refuse_are_dropped_and_nothing_else(briefly_trained, tmp_path):
-    contents = []
-    for path, drop in ((tmp_path / "as_it_is.keras", False), (tmp_path / "dropped.keras", True)):
-        briefly_trained.dde_real.save(path)
-        if drop:
-            train_models.drop_newer_settings(path)
-        with zipfile.ZipFile(path) as archive:
-            contents.append({name: archive.read(name) for name in archive.namelist()})
-    before, after = (json.loads(content.pop("config.json")) for content in contents)
-    assert contents[0].keys() == contents[1].keys()
-    assert contents[0]["model.weights.h5"] == contents[1]["model.weights.h5"]
-    names = ("quantization_config", "input_axes", "output_axes")
-    assert not any(f'"{name}"' in json.dumps(after) for name in names)
-
-    def drop(value):
-        if isinstance(value, dict):
-            return {key: drop(each) for key, each in value.items() if value[key] is not None or key not in names}
-        return [drop(each) for each in value] if isinstance(value, list) else value
-
-    assert after == drop(before)
 
 
 # --- The ready-trained models ---

@@ -1,5 +1,6 @@
 """Tests of the plots, the GIF writer and the training callbacks."""
 
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -316,7 +317,8 @@ def shown(monkeypatch):
         update(bundle, raw)
         return SimpleNamespace(update=update)
 
-    monkeypatch.setattr(visualization, "_notebook_display", lambda: display)
+    notebook = SimpleNamespace(get_ipython=lambda: True, display=SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
     return shown
 
 
