@@ -74,7 +74,7 @@ def write_results(rows):
         "KL (nats)",
         "floor",
         "W1 / floor",
-        "Training (s)",
+        "Training (CPU s)",
     ]
     names = ("density_tv", "density_kl", "generator_tv", "generator_tv_floor", "generator_kl", "generator_kl_floor")
     names += ("sliced_wasserstein_ratio", "seconds")

@@ -86,7 +86,7 @@ def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, denoise=Tru
     2. one step of the probability flow, which takes the density of this level to that of the next one, t (Song et al.
        2021, arXiv:2011.13456, Eq. 13): x <- x + (s^2 - t^2) / 2 * score(x, s).
 
-    In all, the network is evaluated 2 num_levels + 10 times. At the end, t = 0 takes the noise of the lowest level off
+    In all, the network is evaluated 2 num_levels + 9 times. At the end, t = 0 takes the noise of the lowest level off
     (half-denoising, arXiv:2410.05837); ``DDE.denoise`` would go twice as far, which shrinks a distribution.
 
     Args:

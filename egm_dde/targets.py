@@ -17,9 +17,8 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     exp(-||y - x_j||^2 / (2 noise_std_i^2)), and the noise was (y - x_j) / noise_std_i. It is attention over the batch:
     two matrix products and a softmax.
 
-    Averaging changes no expected gradient: summed over the batch, the expected target at each y stays the same,
-    sum_i N(y; x_i) sum_j w_j n_j = sum_j N(y; x_j) n_j. The own source is in the batch, so the weights are exact and
-    not an estimate that normalises itself, as in arXiv:2302.00670.
+    Averaging changes no expected gradient: given the batch and y, the point that was moved is x_j with probability w_j.
+    (For a fixed y, a mean over a random batch is a biased estimate of the score; see arXiv:2302.00670.)
 
     Args:
         x: clean points (batch, *event), as are the shapes of ``noisy_x`` and ``noise``.
