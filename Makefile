@@ -37,7 +37,7 @@ models: $(INSTALLED_OLDEST) ## Train the ready-made models in example_models/ (t
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
 BENCHMARKS ?= step_time scaling quality ablation peers published_recipe
-benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (an hour or two; settings: BENCHMARKS)
+benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (several hours; settings: BENCHMARKS)
 	@set -e; for name in $(BENCHMARKS); do \
 	    echo "benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py; \
 	done
