@@ -154,7 +154,7 @@ def bar_values(folder, address, browser, screenshots):
         return "[*]:" not in state["prompts"]
 
     wait_for(lambda: "[*]:" in observe(browser, training)["prompts"], 20)
-    wait_for(has_ended, 300, lambda: observe(browser, training))
+    wait_for(has_ended, 900, lambda: observe(browser, training))
     state = observe(browser, training)
     assert all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in state["prompts"]), state["red_text"]
     choose(browser, "File", "Save Notebook")
