@@ -85,7 +85,7 @@ def test_kept_densities_come_close_to_the_truth_and_not_above_it():
         for cell in (highest, lowest):
             error, standard_error = map(float, re.match(r"\[?([+-][\d.]+) ± ([\d.]+)", cell).groups())
             assert abs(error) < largest + 2 * standard_error, (kind, dim, cell)
-        assert error < 2 * standard_error + 1e-3, (kind, dim, lowest)
+        assert error < 3 * standard_error + 1e-3, (kind, dim, lowest)  # eighteen of them: two would be too few
 
 
 def test_kept_table_of_the_published_fault_agrees_with_its_formula():
