@@ -1,5 +1,6 @@
 """Tests of the plots, the GIF writer and the training callbacks."""
 
+import math
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -409,6 +410,7 @@ BAD_CALLS = [
     (f"max_bytes {POSITIVE} 0", "write_gif", ["a.gif", noise_frames(1)], {"max_bytes": 0}),
     ("draw must be a callable", "GifCallback", ["a.gif", None], {}),
     (f"figure_size {POSITIVE} -1", "GifCallback", ["a.gif", abs], {"figure_size": (3, -1)}),
+    (f"figure_size {POSITIVE} nan", "Film", [(3, math.nan)], {}),
     (r"figure_size must be \(width, height\), got \(3,\)", "Film", [(3,)], {}),
     (f"dpi {POSITIVE} 0", "Film", [], {"dpi": 0}),
     ("every_seconds must be a finite number of at least 0, got -1", "ProgressBar", [-1], {}),
