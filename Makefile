@@ -31,9 +31,8 @@ EXAMPLES ?= density_benchmark images
 examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (half an hour; settings: EXAMPLES, STEPS, SEED)
 	$(VENV)/bin/python -m egm_dde.notebook $(EXAMPLES:%=examples/%.ipynb)
 
-# Files of the oldest Keras can be read by all.
-models: $(INSTALLED_OLDEST) ## Train the ready-made models in example_models/ (ten minutes)
-	$(OLDEST)/bin/python train_models.py
+models: $(INSTALLED) ## Train the ready-made models in example_models/ (ten minutes)
+	$(VENV)/bin/python train_models.py
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
 BENCHMARKS ?= step_time scaling quality ablation peers published_recipe

@@ -4,7 +4,9 @@ The recipe is the notebook's, for the benchmarks too. The models go to ``example
 """
 
 import argparse
+import re
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from egm_dde import evaluation, visualization
+from egm_dde.files import replacing
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
@@ -72,14 +75,23 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
 
 
 def save_without_optimizers(model, path):
-    """Save a model without the state of its optimizers, which is most of the file."""
+    """Save a model without the state of its optimizers, most of the file, so that Keras 3.8 and newer load it."""
     config = model.get_config()
     for part in config.values():
         if isinstance(part, dict):  # a DDE that was compiled would come back with an optimizer
             part.pop("compile_config", None)
     copy = type(model).from_config(config)
     copy.set_weights(model.get_weights())
-    copy.save(path)
+    with replacing(path) as temporary:
+        copy.save(temporary)
+        with zipfile.ZipFile(temporary) as archive:
+            files = {name: archive.read(name) for name in archive.namelist()}
+        # Keras 3.8 refuses settings that it does not know, though they are None.
+        newer = rb'"(quantization_config|input_axes|output_axes)": null'
+        files["config.json"] = re.sub(rb", " + newer + rb"|(?<={)" + newer + rb", ", b"", files["config.json"])
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
 
 
 def make_films(dataset, folder, seed=0):

@@ -39,9 +39,6 @@ class LogPartition(NamedTuple):
     is_reliable: bool  # whether the effective sample size is at least 100 and 10 % of n_samples
 
 
-# ---------------------------------------------------------------------------------------------- points
-
-
 def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=False, seed=None):
     """Move points by Langevin dynamics: x <- x + step_size * score(x) + sqrt(2 step_size) * N(0, I).
 
@@ -156,9 +153,6 @@ def move(evaluate, state, step_size, key, adjusted=False, power=1.0):
     return state, float(tf.reduce_mean(tf.cast(is_accepted, x.dtype)))
 
 
-# ---------------------------------------------------------------------------------------------- the constant
-
-
 def log_partition(dde, data, n_samples=10_000, noise_std=None, num_steps=100, seed=None):
     """Estimate log Z, Z the integral of exp(dde.log_density), by annealed importance sampling (Neal 2001).
 
@@ -247,9 +241,6 @@ def weigh(dde, data, level, n_samples, num_steps, seed):
     _, step_sizes = anneal(NUM_PILOTS, step_sizes, keys, adapts=True)
     log_weights, _ = anneal(n_samples, step_sizes, keys, adapts=False)
     return log_weights + log_normalizer
-
-
-# ---------------------------------------------------------------------------------------------- helpers
 
 
 def compile_dde(dde, x):

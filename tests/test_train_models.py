@@ -1,3 +1,5 @@
+import json
+import re
 import zipfile
 
 import keras
@@ -63,6 +65,10 @@ def test_learning_rates_fall_to_zero(briefly_trained):
 
 def test_a_file_without_optimizers_holds_the_model(briefly_trained, tmp_path):
     train_models.save_without_optimizers(briefly_trained, tmp_path / "small.keras")
+    with zipfile.ZipFile(tmp_path / "small.keras") as archive:
+        config = archive.read("config.json").decode()
+    json.loads(config)
+    assert not re.search("quantization_config|input_axes|output_axes", config)
     briefly_trained.save(tmp_path / "whole.keras")
     assert (tmp_path / "small.keras").stat().st_size < 0.5 * (tmp_path / "whole.keras").stat().st_size
     loaded = keras.saving.load_model(tmp_path / "small.keras")
