@@ -163,7 +163,8 @@ def check_egm_parts(dde_real, dde_fake, generator):
         if input_shape(net) is None:
             remedy = "give its network a keras.Input, or call it on a batch"
             raise ValueError(f"the shapes of {name} must be known: {remedy}; got {net!r}")
-    given = tuple(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))).shape)[1:]
+    output = keras.tree.flatten(generator.compute_output_spec(keras.KerasTensor(input_shape(generator))))  # [point]
+    given = tuple(output[0].shape)[1:]
     for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
         if dde.event_shape != given:
             needed, got = (format_shape(("batch", *shape)) for shape in (dde.event_shape, given))

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 from keras.optimizers import SGD
@@ -30,6 +31,12 @@ def test_events_and_latents_may_have_any_shape():
     egm = EGM(make_dde("images"), make_dde("images", net_seed=20), identity_generator(4, 4, 1), seed=0)
     assert egm.sample(3, seed=0).shape == (3, 4, 4, 1)
     assert egm.draw_latents(3, "latents", 0)[0].shape == (3, 4, 4, 1)
+
+
+def test_a_generator_may_name_its_output_in_a_list():
+    z = keras.Input((2,))  # as in a file of Keras 3.8
+    egm = EGM(*egm_parts()[:2], keras.Model(z, [keras.layers.Dense(2)(z)]), seed=0)
+    assert egm.sample(3, seed=0).shape == (3, 2)
 
 
 def test_latents_and_their_key_depend_on_seed_purpose_and_step():
