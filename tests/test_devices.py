@@ -28,6 +28,7 @@ def slow_results():
     return run(*SLOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["DDE", "EGM"])
 def test_a_step_is_the_mean_of_those_that_each_device_would_take(case, results):
     check_step(results[case])

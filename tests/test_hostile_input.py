@@ -301,6 +301,7 @@ DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int16", "int32", "i
     noise_std=st.one_of(st.floats(0.05, 3.0), st.tuples(st.floats(0.05, 0.5), st.floats(0.6, 5.0))),
     kind=st.sampled_from(["array", "tensor", "list", "dataset"]),
 )
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25)
 def test_points_of_any_shape_type_and_number_train(dtype, event_shape, n_points, batch_size, noise_std, kind):
     x = tf.cast(3.0 * normal(n_points, *event_shape), dtype)

@@ -51,6 +51,7 @@ def test_films_are_written_alone(tmp_path, capsys, monkeypatch):
     assert "Epoch 1/2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_recipe_is_a_function_of_the_seed():
     runs = [train_models.train_egm("rings", seed, epochs=1, steps_per_epoch=3) for seed in (1, 1, 2)]
     first, second, other = (run.sample(10, seed=0) for run in runs)
@@ -84,7 +85,9 @@ def test_a_file_without_optimizers_holds_the_model(briefly_trained, tmp_path):
 # --- The ready-trained models ---
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize(
+    "dataset", [DATASETS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in DATASETS[1:])]
+)
 def test_ready_trained_models_meet_their_numbers(dataset):
     path = train_models.FOLDER / f"{dataset}.keras"
     assert path.stat().st_size < 1_000_000
