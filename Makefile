@@ -45,7 +45,7 @@ benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (several hours;
 
 PYTEST_PARALLEL := -n auto --maxprocesses 4 --dist loadscope
 
-test: $(INSTALLED) ## Run the fast tests (four minutes)
+test: $(INSTALLED) ## Run the fast tests (five minutes)
 	$(VENV)/bin/python -m pytest -m "not slow and not browser" $(PYTEST_PARALLEL)
 
 test-all: $(INSTALLED) ## Run all tests but those in a browser
@@ -54,11 +54,11 @@ test-all: $(INSTALLED) ## Run all tests but those in a browser
 # The method, its training and files, and the ready-made models: what an application depends on.
 CORE := draws targets density generation energy_models training files example_models
 OLDEST_TESTS ?= $(wildcard $(CORE:%=tests/test_%.py))
-test-oldest: $(INSTALLED_OLDEST) ## Run the core tests with the oldest versions of the packages (four minutes)
+test-oldest: $(INSTALLED_OLDEST) ## Run the core tests with the oldest versions of the packages (two minutes)
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_PARALLEL) $(OLDEST_TESTS)
 
 # Selenium comes from PyPI, the browser from the system.
-test-browser: $(INSTALLED) $(INSTALLED_BROWSER) ## Run the notebook in JupyterLab in Chromium (two minutes)
+test-browser: $(INSTALLED) $(INSTALLED_BROWSER) ## Run the notebook in JupyterLab in Chromium (three minutes)
 	@test -x /usr/bin/chromium && test -x /usr/bin/chromedriver || { \
 	    echo "Chromium or its driver is missing: apt-get install chromium chromium-driver" >&2; exit 1; }
 	$(VENV)/bin/python -m pytest -m browser
