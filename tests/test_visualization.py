@@ -411,7 +411,6 @@ BAD_CALLS = [
     ("draw must be a callable", "GifCallback", ["a.gif", None], {}),
     (f"figure_size {POSITIVE} -1", "GifCallback", ["a.gif", abs], {"figure_size": (3, -1)}),
     (f"figure_size {POSITIVE} nan", "Film", [(3, math.nan)], {}),
-    (f"figure_size {POSITIVE} nan", "Film", [(3, math.nan)], {}),
     (r"figure_size must be \(width, height\), got \(3,\)", "Film", [(3,)], {}),
     (f"dpi {POSITIVE} 0", "Film", [], {"dpi": 0}),
     ("every_seconds must be a finite number of at least 0, got -1", "ProgressBar", [-1], {}),
