@@ -304,8 +304,9 @@ def write_results(arguments):
         ]
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
-    text += f"\nMean (smallest to largest) over seeds {', '.join(map(str, np.unique(rows['seed'])))}; {arguments.budget:.0f} CPU "
-    text += f"seconds of training. {report.describe_run(['tensorflow', 'torch', 'zuko', 'flow_matching'])}"
+    seeds = ", ".join(map(str, np.unique(rows["seed"])))
+    text += f"\nMean (smallest to largest) over seeds {seeds}; {arguments.budget:.0f} CPU seconds of training. "
+    text += f"{report.describe_run(['tensorflow', 'torch', 'zuko', 'flow_matching'])}"
     report.write_section("peers", text, arguments.folder / "README.md")
 
 
