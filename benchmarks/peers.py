@@ -127,17 +127,17 @@ class FlowMatching(Peer):
 
 
 class WGANGP(Peer):
-    """A Wasserstein GAN: five steps of the critic a generator step, penalty weight 10."""
+    """A Wasserstein GAN with the settings of its authors for points in the plane (arXiv:1704.00028), but for the width."""
 
-    learning_rate = 3e-4
-    width, batch_size, critic_steps, penalty = 128, 256, 5, 10.0
+    learning_rate, betas = 1e-4, (0.5, 0.9)
+    width, batch_size, critic_steps, penalty = 256, 256, 5, 0.1
     points_per_step = critic_steps * batch_size
 
     def __init__(self, num_steps, learning_rate):
         self.generator = build_mlp(2, (self.width,) * 3, nn.ReLU)
         self.critic = build_mlp(2, (self.width,) * 3, nn.ReLU, num_outputs=1)
-        self.descent = Descent(self.generator, learning_rate, num_steps, betas=(0.0, 0.9))
-        self.critic_descent = Descent(self.critic, learning_rate, self.critic_steps * num_steps, betas=(0.0, 0.9))
+        self.descent = Descent(self.generator, learning_rate, num_steps, self.betas)
+        self.critic_descent = Descent(self.critic, learning_rate, self.critic_steps * num_steps, self.betas)
 
     def step(self, x):
         for real in x.chunk(self.critic_steps):
