@@ -127,7 +127,7 @@ class FlowMatching(Peer):
 
 
 class WGANGP(Peer):
-    """A Wasserstein GAN with the settings of its authors for points in the plane (arXiv:1704.00028), but for the width."""
+    """A Wasserstein GAN with its authors' settings for points in the plane (arXiv:1704.00028), but for the width."""
 
     learning_rate, betas = 1e-4, (0.5, 0.9)
     width, batch_size, critic_steps, penalty = 256, 256, 5, 0.1
