@@ -116,14 +116,15 @@ class EGM(GeneratorModel):
 
     The gradient reaches g through y alone: both DDEs are frozen in this step, and no normaliser is needed. (The
     algorithm printed in the paper has a plus sign where its own code descends.) With a range of levels, this is
-    averaged over them.
+    averaged over them; ``level_power`` weighs each level by that power of noise_std.
     """
 
     def generator_loss(self, z, key, training=False):
         """KL(q~ || p~) up to a constant, in nats, at latents z (batch, *latent); ``key`` is that of the noise."""
         noisy_y, _, noise_std = self.dde_fake.add_noise(self.generate(z, training), key)
         log_ratio = self.dde_fake.log_density(noisy_y, noise_std) - self.dde_real.log_density(noisy_y, noise_std)
-        return tf.reduce_mean(log_ratio)
+        weights = noise_std**self.level_power
+        return tf.reduce_mean(weights * log_ratio) / tf.reduce_mean(weights)
 
     def train_step(self, data):
         x = self.read_batch(data)
@@ -165,6 +166,7 @@ class EGM(GeneratorModel):
         real_steps=None,
         latents_per_point=2,
         average_decay=0.998,
+        level_power=0,
         seed=None,
         **kwargs,
     ):
@@ -188,6 +190,9 @@ class EGM(GeneratorModel):
             latents_per_point: number of latents in a step of the generator for each point of the batch of data.
             average_decay: decay in [0, 1) of the moving average of the generator's weights; it is smaller in the first
                 steps, so that the average forgets the initial weights.
+            level_power: of noise_std, in the weights of the levels in the generator's loss. With 0, the lowest levels,
+                whose gradients are the largest, lead. With 2, good for images, each level counts by what the two
+                denoisers differ, as in distillation of diffusion models (arXiv:2311.18828).
             seed: integer that fixes all latents and the generator's noise; None draws one from Python's ``random``.
             **kwargs: for ``keras.Model``.
 
@@ -210,6 +215,7 @@ class EGM(GeneratorModel):
         self.real_steps = self.dde_steps if real_steps is None else checks.check_integer("real_steps", real_steps)
         self.latents_per_point = checks.check_integer("latents_per_point", latents_per_point)
         self.average_decay = checks.check_interval("average_decay", average_decay, 0, 1)
+        self.level_power = checks.check_interval("level_power", level_power, 0)
         self.seed = checks.check_seed(seed)
         self.gen_loss_tracker = keras.metrics.Mean("gen_loss")
         self.built = True

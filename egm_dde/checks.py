@@ -81,27 +81,31 @@ def check_levels(noise_std, noise_range, num_points):
         raise ValueError(f"noise_std must be within [{low}, {high}], the range trained on; got {noise_std!r}")
 
 
-def check_sizes_and_scales(sizes, widths, scales, name_of_widths="widths"):
+def check_sizes_and_scales(sizes, widths, scales):
     """Check the arguments of a builder: integers by name, sizes of layers, and positive numbers by name."""
     if not isinstance(widths, (tuple, list)):
-        raise ValueError(f"{name_of_widths} must be a sequence of integers, got {widths!r}")
-    for name, size in [*sizes.items(), *((f"each of {name_of_widths}", width) for width in widths)]:
+        raise ValueError(f"widths must be a sequence of integers, got {widths!r}")
+    for name, size in [*sizes.items(), *(("each of widths", width) for width in widths)]:
         check_integer(name, size)
     for name, scale in scales.items():
         check_positive(name, scale)
 
 
-def check_image_arguments(image_shape, data_mean):
-    """Return the shape of images as ints and their mean, a number or an image, as an array of floats."""
-    if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
-        raise ValueError(f"image_shape must be (height, width, channels), got {image_shape!r}")
-    image_shape = tuple(check_integer("each of image_shape", size) for size in image_shape)
-    data_mean = np.asarray(data_mean)
-    if data_mean.dtype.kind not in "fiu" or not np.isfinite(data_mean).all():
-        raise ValueError(f"data_mean must be made of finite numbers, got {data_mean!r}")
-    if data_mean.shape not in ((), image_shape):
-        raise ValueError(f"data_mean must be a number or of shape {image_shape}, got shape {data_mean.shape}")
-    return image_shape, data_mean.astype(float)
+def check_images(images):
+    """Return finite images (n, height, width, channels), at least two, as an array."""
+    images = np.asarray(images)
+    if images.ndim != 4 or len(images) < 2 or images.dtype.kind not in "fiu" or not np.isfinite(images).all():
+        needed = "finite numbers of shape (n, height, width, channels) with n of at least 2"
+        raise ValueError(f"images must be {needed}, got {images.dtype} of shape {images.shape}")
+    return images
+
+
+def check_limits(limits):
+    """Return the limits of pixels, (low, high), as floats."""
+    is_pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(is_finite_number, limits))
+    if not is_pair or not limits[0] < limits[1]:
+        raise ValueError(f"limits must be finite numbers (low, high) with low < high, got {limits!r}")
+    return tuple(map(float, limits))
 
 
 def check_network(name, net, num_inputs):

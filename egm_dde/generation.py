@@ -20,7 +20,7 @@ class GeneratorModel(Trainable):
     """
 
     parts = ("dde_real", "dde_fake", "generator")
-    options = ("dde_steps", "real_steps", "latents_per_point", "average_decay", "seed")
+    options = ("dde_steps", "real_steps", "latents_per_point", "average_decay", "level_power", "seed")
 
     def call(self, z):
         return tf.cast(self.average_generator(z), self.variable_dtype)

@@ -59,9 +59,6 @@ class RandomFourierFeatures(_ExactLayer):
             waves = [damping * wave for wave in waves]
         return keras.ops.cast(keras.ops.concatenate([x, *waves], axis=-1), self.compute_dtype)
 
-    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
-        return (*x_shape[:-1], x_shape[-1] + 2 * self.num_features)
-
 
 class _NoisyGaussianLayer(_ExactLayer):
     """A layer that knows the variance of noisy points; ``data_std`` is that of the clean ones, roughly, data units."""
@@ -86,11 +83,7 @@ class NoiseScaling(_NoisyGaussianLayer):
     """
 
     def call(self, x, log_noise_std=None):
-        variance = keras.ops.reshape(self.noisy_variance(x, log_noise_std), (-1,) + (1,) * (x.ndim - 1))
-        return keras.ops.cast(x / keras.ops.sqrt(variance), self.compute_dtype)
-
-    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
-        return x_shape
+        return keras.ops.cast(x / keras.ops.sqrt(self.noisy_variance(x, log_noise_std)), self.compute_dtype)
 
 
 @_register
@@ -101,12 +94,35 @@ class GaussianLogDensity(_NoisyGaussianLayer):
     """
 
     def call(self, x, log_noise_std=None):
-        variance, dim = self.noisy_variance(x, log_noise_std), math.prod(x.shape[1:])
-        squared_norm = keras.ops.sum(keras.ops.square(keras.ops.reshape(x, (-1, dim))), axis=-1, keepdims=True)
+        variance, dim = self.noisy_variance(x, log_noise_std), x.shape[-1]
+        squared_norm = keras.ops.sum(keras.ops.square(x), axis=-1, keepdims=True)
         return -0.5 * (squared_norm / variance + dim * keras.ops.log(2.0 * math.pi * variance))
 
-    def compute_output_shape(self, x_shape, log_noise_std_shape=None):
-        return (x_shape[0], 1)
+
+@_register
+class CorrelatedGaussian(_ExactLayer):
+    """Points as a Gaussian with the mean and the covariance of the data sees them.
+
+    Returns the coordinates (batch, d) of the mean of the clean points given the noisy ones (Wiener's filter), along the
+    principal components and in units of the data's width, and the log density (batch, 1) of the noisy points.
+    """
+
+    options = ()
+
+    def build(self, x_shape, log_noise_std_shape=None):
+        dim = math.prod(x_shape[1:])
+        shapes = {"mean": (dim,), "components": (dim, dim), "variances": (dim,)}
+        add = functools.partial(self.add_weight, initializer="ones", trainable=False)
+        self.mean, self.components, self.variances = (add(shape=shape, name=name) for name, shape in shapes.items())
+
+    def call(self, x, log_noise_std):
+        centred = keras.ops.reshape(x, (-1, self.mean.shape[0])) - self.mean
+        coordinates = keras.ops.matmul(centred, self.components)
+        variances = self.variances + keras.ops.exp(2.0 * log_noise_std)  # (batch, d)
+        exponents = keras.ops.square(coordinates) / variances + keras.ops.log(2.0 * math.pi * variances)
+        scale = keras.ops.sqrt(keras.ops.mean(self.variances))
+        filtered = coordinates * self.variances / variances / scale
+        return keras.ops.cast(filtered, self.compute_dtype), -0.5 * keras.ops.sum(exponents, axis=-1, keepdims=True)
 
 
 def build_energy_net(
@@ -149,7 +165,8 @@ def build_energy_net(
     first = RandomFourierFeatures(num_features, feature_scale, seed) if num_features else NoiseScaling(data_std)
     hidden = _append_level(first(x, log_noise_std), log_noise_std)
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
-    return _energy_model("energy_net", x, log_noise_std, hidden, x, data_std, next(initializers))
+    base_measure = GaussianLogDensity(data_std)(x, log_noise_std)
+    return _energy_model("energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
 
 
 def build_generator(  # noqa: D417
@@ -185,93 +202,73 @@ def build_generator(  # noqa: D417
 
 
 def build_image_energy_net(  # noqa: D417
-    image_shape=(8, 8, 1),
-    noise_conditional=False,
-    filters=(32, 64),
-    units=256,
-    activation="silu",
-    data_mean=0.0,
-    data_std=0.6,
-    seed=0,
+    images, widths=(512, 512, 512), activation="silu", seed=0
 ):
-    """Build the network of a DDE of images: convolutions of stride 2, dense layers, one scalar, plus a Gaussian.
+    """Build the network of a DDE of images and a range of noise levels: dense layers, one scalar, plus a Gaussian.
+
+    The Gaussian has mean and covariance of the data, so that what is left to learn is what makes images not Gaussian.
 
     Args:
-        image_shape: (height, width, channels).
-        noise_conditional, activation, seed: as in ``build_energy_net``.
-        filters: channels of the convolutions; each halves height and width.
-        units: units of the two dense layers.
-        data_mean: mean of the data, in data units: an image (height, width, channels), or a number.
-        data_std: standard deviation of a pixel about its mean, roughly, in data units.
+        images: images to train on (n, height, width, channels), for mean and covariance; 20,000 are used at most.
+        widths, activation, seed: as in ``build_energy_net``.
 
     Returns:
-        A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy images up to a constant.
+        A Functional ``keras.Model`` from [(batch, height, width, channels), log(noise_std) (batch, 1)] to (batch, 1):
+        the log density of the noisy images up to a constant.
     """
-    image_shape, data_mean = checks.check_image_arguments(image_shape, data_mean)
-    checks.check_sizes_and_scales({"units": units}, filters, {"data_std": data_std}, "filters")
-    initializers = _initializers("GlorotUniform", checks.check_seed(seed))
-    x, log_noise_std = _energy_inputs(image_shape, noise_conditional)
-    centred = keras.layers.Rescaling(1.0, offset=(-data_mean).tolist(), dtype=_exact_type())(x)
-    hidden = NoiseScaling(data_std)(centred, log_noise_std)
-    for channels in filters:
-        options = {"padding": "same", "activation": activation, "kernel_initializer": next(initializers)}
-        hidden = keras.layers.Conv2D(channels, 3, 2, **options)(_append_level(hidden, log_noise_std))
-    hidden = keras.layers.Flatten()(hidden)
-    for _ in range(2):
-        hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (units,), activation, initializers)
-    return _energy_model("image_energy_net", x, log_noise_std, hidden, centred, data_std, next(initializers))
-
-
-def build_image_generator(components, data_mean=0.0, widths=(512, 512, 512), filters=(), seed=0):  # noqa: D417
-    """Build the generator of images: a linear map, corrected by dense layers and transposed convolutions with ReLU.
-
-    It starts as the Gaussian of the widest directions of the data, y = data_mean + sum_i z_i components_i. From random
-    weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes on the way.
-    All of it is trained, the linear map too.
-
-    Args:
-        components: (latent_dim, height, width, channels): principal components of the data, each as long as the
-            standard deviation along it. Height and width are multiples of 2^(number of filters).
-        data_mean: as in ``build_image_energy_net``.
-        widths, seed: as in ``build_energy_net``.
-        filters: channels before each of the convolutions that double height and width; () is good for small images.
-
-    Returns:
-        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels). Its pixels are not
-        bounded: a saturated bound would have no gradient that leads back.
-    """
-    components = np.asarray(components)
-    if components.ndim != 4 or not components.size or not np.isfinite(components).all():
-        needed = "finite numbers of shape (latent_dim, height, width, channels)"
-        raise ValueError(f"components must be {needed}, got shape {components.shape}")
-    latent_dim, *image_shape = components.shape
-    image_shape, data_mean = checks.check_image_arguments(image_shape, data_mean)
+    statistics = _principal_components(images)
     checks.check_sizes_and_scales({}, widths, {})
-    checks.check_sizes_and_scales({}, filters, {}, "filters")
-    seed = checks.check_seed(seed)
-    scale = 2 ** len(filters)
-    if image_shape[0] % scale or image_shape[1] % scale:
-        raise ValueError(f"{len(filters)} filters need a height and width divisible by {scale}, got {image_shape}")
-    initializers, exact = _initializers("HeNormal", seed), _exact_type()
+    initializers = _initializers("GlorotUniform", checks.check_seed(seed))
+    x, log_noise_std = _energy_inputs(np.shape(images)[1:], noise_conditional=True)
+    gaussian = CorrelatedGaussian()
+    hidden, base_measure = gaussian(x, log_noise_std)
+    gaussian.set_weights(statistics)
+    for width in widths:
+        hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
+    return _energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
+
+
+def build_image_generator(images, latent_dim=32, limits=None, widths=(512, 512, 512), seed=0):  # noqa: D417
+    """Build the generator of images: the Gaussian of the widest directions of the data, corrected by dense layers.
+
+    From random weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes
+    on the way. All of it is trained, the Gaussian's linear map too.
+
+    Args:
+        images, widths, seed: as in ``build_image_energy_net``; the layers have ReLU.
+        latent_dim: number of coordinates of the latent z ~ N(0, I), at most that of a flat image.
+        limits: (low, high) of a pixel; those beyond come back nineteen twentieths of the way, as a hard bound would
+            have no gradient that leads back. None sets no limits.
+
+    Returns:
+        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels).
+    """
+    mean, components, variances = _principal_components(images)
+    checks.check_sizes_and_scales({}, widths, {})
+    checks.check_integer("latent_dim", latent_dim, 1, len(mean) + 1)
+    seed, exact = checks.check_seed(seed), _exact_type()
+    initializers = _initializers("HeNormal", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
-    linear = keras.layers.Dense(math.prod(image_shape), dtype=exact)
-    start = keras.layers.Reshape(image_shape, dtype=exact)(linear(z))
-    # Weights, not an initializer: they are saved once.
-    linear.set_weights([components.reshape(latent_dim, -1), np.broadcast_to(data_mean, image_shape).ravel()])
-    last_options = {"kernel_initializer": keras.initializers.VarianceScaling(0.01, seed=seed), "dtype": exact}
+    linear = keras.layers.Dense(len(mean), dtype=exact)
+    start = linear(z)
+    linear.set_weights([(components * np.sqrt(variances))[:, :latent_dim].T, mean])  # not an initializer: saved once
     hidden = _stack_dense_layers(z, widths, "relu", initializers)
-    if filters:
-        double = functools.partial(keras.layers.Conv2DTranspose, kernel_size=4, strides=2, padding="same")
-        smallest = (image_shape[0] // scale, image_shape[1] // scale, filters[0])
-        hidden = _stack_dense_layers(hidden, (math.prod(smallest),), "relu", initializers)
-        hidden = keras.layers.Reshape(smallest)(hidden)
-        for channels in filters[1:]:
-            hidden = double(channels, activation="relu", kernel_initializer=next(initializers))(hidden)
-        correction = double(image_shape[2], **last_options)(hidden)
-    else:
-        pixels = keras.layers.Dense(math.prod(image_shape), **last_options)(hidden)
-        correction = keras.layers.Reshape(image_shape, dtype=exact)(pixels)
-    return keras.Model(z, keras.layers.Add(dtype=exact)([start, correction]), name="image_generator")
+    small = keras.initializers.VarianceScaling(0.01, seed=seed)
+    correction = keras.layers.Dense(len(mean), kernel_initializer=small, dtype=exact)(hidden)
+    pixels = keras.layers.Add(dtype=exact)([start, correction])
+    if limits is not None:
+        pixels = 0.05 * pixels + 0.95 * keras.ops.clip(pixels, *checks.check_limits(limits))
+    return keras.Model(z, keras.layers.Reshape(np.shape(images)[1:], dtype=exact)(pixels), name="image_generator")
+
+
+def _principal_components(images):
+    """Mean (d,), principal components (d, d), widest first, and variances (d,) of flat images."""
+    images = checks.check_images(images)[:20_000]
+    flat = images.reshape(len(images), -1).astype(float)
+    variances, components = np.linalg.eigh(np.cov(flat, rowvar=False))
+    # Pixels that never change would have an infinitely narrow Gaussian.
+    variances = np.maximum(variances[::-1], 0.15**2 * flat.var(axis=0).mean())
+    return flat.mean(axis=0), components[:, ::-1], variances
 
 
 def _exact_type():
@@ -285,25 +282,18 @@ def _energy_inputs(event_shape, noise_conditional):
     return x, keras.Input((1,), dtype=_exact_type(), name="log_noise_std") if noise_conditional else None
 
 
-def _energy_model(name, x, log_noise_std, hidden, centred, data_std, initializer):
-    """The model whose output is one number from the hidden units, plus the log density of the Gaussian."""
+def _energy_model(name, x, log_noise_std, hidden, base_measure, initializer):
+    """The model whose output is one number from the hidden units, plus the log density of the base measure."""
     exact = _exact_type()
     # A bias here would be the log density's free constant: it has no gradient.
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=initializer, dtype=exact)(hidden)
-    base_measure = GaussianLogDensity(data_std)(centred, log_noise_std)
     log_density = keras.layers.Add(dtype=exact)([correction, base_measure])
     return keras.Model(x if log_noise_std is None else [x, log_noise_std], log_density, name=name)
 
 
 def _append_level(hidden, log_noise_std):
-    """Append the noise level (batch, 1), if there is one, to images, as one more channel, or to features."""
-    if log_noise_std is None:
-        return hidden
-    if len(hidden.shape) == 4:
-        height, width = hidden.shape[1:3]
-        log_noise_std = keras.layers.RepeatVector(height * width)(log_noise_std)
-        log_noise_std = keras.layers.Reshape((height, width, 1))(log_noise_std)
-    return keras.layers.Concatenate()([hidden, log_noise_std])
+    """Append the noise level (batch, 1), if there is one, to features (batch, n)."""
+    return hidden if log_noise_std is None else keras.layers.Concatenate()([hidden, log_noise_std])
 
 
 def _stack_dense_layers(hidden, widths, activation, initializers):

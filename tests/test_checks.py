@@ -194,29 +194,27 @@ def test_parts_that_do_not_fit_each_other_are_refused():
 
 
 IMAGE_NET = "image energy net"
-COMPONENTS = normal(3, 8, 4, 2)
+IMAGES = normal(5, 4, 3, 2)
 
 
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (IMAGE_NET, {"image_shape": (8, 8)}, r"image_shape must be \(height, width, channels\), got \(8, 8\)"),
-        (IMAGE_NET, {"image_shape": (8, 0, 1)}, "each of image_shape must be an integer of at least 1, got 0"),
-        (IMAGE_NET, {"filters": 4}, "filters must be a sequence of integers, got 4"),
-        (IMAGE_NET, {"filters": (4, 2.5)}, "each of filters must be an integer of at least 1, got 2.5"),
-        (IMAGE_NET, {"units": 0}, "units must be an integer of at least 1, got 0"),
-        (IMAGE_NET, {"data_mean": np.zeros(3)}, r"must be a number or of shape \(8, 8, 1\), got shape \(3,\)"),
-        (IMAGE_NET, {"data_mean": NAN}, "data_mean must be made of finite numbers"),
-        (IMAGE_NET, {"data_std": 0}, "data_std must be a positive finite number, got 0"),
-        ("generator", {"components": COMPONENTS[..., 0]}, r"components must be finite .* got shape \(3, 8, 4\)"),
-        ("generator", {"components": np.full((3, 8, 4, 2), np.inf)}, "components must be finite"),
-        ("generator", {"filters": (2, 2, 2)}, r"a height and width divisible by 8, got \(8, 4, 2\)"),
+        (IMAGE_NET, {"images": IMAGES[0]}, r"images must be finite numbers of shape \(n, .* got .* shape \(4, 3, 2\)"),
+        (IMAGE_NET, {"images": IMAGES[:1]}, "with n of at least 2, got"),
+        (IMAGE_NET, {"images": np.full((2, 4, 3, 2), NAN)}, "images must be finite numbers"),
+        (IMAGE_NET, {"widths": 4}, "widths must be a sequence of integers, got 4"),
+        ("generator", {"images": IMAGES[0]}, "images must be finite numbers"),
+        ("generator", {"latent_dim": 25}, "latent_dim must be an integer of at least 1 and less than 25, got 25"),
         ("generator", {"widths": (0,)}, "each of widths must be an integer of at least 1, got 0"),
+        ("generator", {"limits": (1, -1)}, r"\(low, high\) with low < high, got \(1, -1\)"),
+        ("generator", {"limits": 1}, r"limits must be finite numbers \(low, high\) .* got 1"),
+        ("generator", {"limits": (0, NAN)}, r"limits must be finite numbers \(low, high\)"),
     ],
 )
 def test_bad_arguments_of_image_networks_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
         if build == IMAGE_NET:
-            build_image_energy_net(**options)
+            build_image_energy_net(**{"images": IMAGES} | options)
         else:
-            build_image_generator(**{"components": COMPONENTS} | options)
+            build_image_generator(**{"images": IMAGES, "latent_dim": 3} | options)

