@@ -47,6 +47,11 @@ REFUSED = {
         "average_decay must be a finite number of at least 0 and less than 1, got ",
         [-0.1, 1, 1.5, NAN, "0.9", None],
     ),
+    "level_power": (
+        lambda v: EGM(*egm_parts(), level_power=v),
+        "level_power must be a finite number of at least 0, got ",
+        [-1, NAN, "2", None],
+    ),
     "n_samples": (lambda v: EGM(*egm_parts()).sample(v), SIZE.format("n_samples"), INTEGERS),
     "level": (
         lambda v: make_dde("range").log_density(normal(3, 3), noise_std=v),

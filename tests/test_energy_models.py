@@ -240,6 +240,16 @@ def test_egm_recovers_a_correlated_gaussian(noise_std):
     np.testing.assert_allclose(np.cov(samples.T), covariance, atol=0.1)
 
 
+def test_level_power_weighs_the_levels_of_the_divergence():
+    egm = make_egm("range", level_power=1.5)
+    z, key = egm.draw_latents(64, "evaluate", 0)
+    y, _, levels = egm.dde_fake.add_noise(egm.generate(z), key)
+    log_q, log_p = (np.ravel(dde.log_density(y, levels)) for dde in (egm.dde_fake, egm.dde_real))
+    expected = np.average(log_q - log_p, weights=np.ravel(levels) ** 1.5)
+    assert abs(expected - np.mean(log_q - log_p)) > 1e-3
+    np.testing.assert_allclose(egm.generator_loss(z, key), expected, rtol=1e-4)
+
+
 # --- The steps of an EGM ---
 
 
@@ -536,7 +546,7 @@ def test_a_model_that_was_never_compiled_is_saved_with_its_options(model_class, 
         options = {"dual_weight": 0.37, "seed": 12345}
         model = DDE(image_net(True), (0.21, 0.34), **options)
     else:
-        options = {"dde_steps": 7, "latents_per_point": 9, "average_decay": 0.123, "seed": 12345}
+        options = {"dde_steps": 7, "latents_per_point": 9, "average_decay": 0.123, "level_power": 1.7, "seed": 12345}
         model = EGM(*egm_parts(), **options)
     model.save(tmp_path / "model.keras")
     loaded = load_without_warnings(tmp_path / "model.keras")
