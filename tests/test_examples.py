@@ -102,11 +102,10 @@ def test_kept_images():
     notebook = nbformat.read(EXAMPLES / "images.ipynb", as_version=4)
     scores = {row[0]: row[3] for row in table(notebook, "images")}
     assert all(float(scores[name]) > 0.95 for name in ("uniform noise", "shuffled pixels", "inverted"))
-    for modes, largest in ((10, 0.02), (1000, 0.2)):  # the notebook tells that stacks are far from their floor
-        start, generated, floor = mode_counts(notebook, modes)
-        assert generated["covered"] == floor["covered"] == modes
-        assert start["sure"] < generated["sure"] < floor["sure"]
-        assert floor["divergence"] < generated["divergence"] < largest
+    start, generated, floor = mode_counts(notebook, 10)
+    assert generated["covered"] == floor["covered"] == 10
+    assert start["sure"] < 80 <= generated["sure"] < floor["sure"]
+    assert floor["divergence"] < generated["divergence"] < 0.01
     frames = iio.imread(EXAMPLES / "example_images" / "digits.gif")
     assert len(frames) > 20
 
@@ -146,13 +145,8 @@ def test_short_images_with_backup(tmp_path):
     notebook = run(tmp_path, "images", STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
     check_outputs(notebook)
     pictures = tmp_path / "examples" / "pictures"
-    assert {path.name for path in pictures.iterdir()} == {
-        "digits.gif",
-        "digits.png",
-        "digits.keras",
-        "stacked_digits.png",
-    }
-    assert len(mode_counts(notebook, 10)) == len(mode_counts(notebook, 1000)) == 3
+    assert {path.name for path in pictures.iterdir()} == {"digits.gif", "digits.png", "digits.keras"}
+    assert len(mode_counts(notebook, 10)) == 3
     assert "accuracy on 360 test images" in texts(notebook, "text/plain")
 
 
