@@ -92,10 +92,11 @@ def check_sizes_and_scales(sizes, widths, scales):
 
 
 def check_images(images):
-    """Return finite images (n, height, width, channels), at least two, as an array."""
+    """Return finite images (n, height, width, channels), not all alike, as an array."""
     images = np.asarray(images)
-    if images.ndim != 4 or len(images) < 2 or images.dtype.kind not in "fiu" or not np.isfinite(images).all():
-        needed = "finite numbers of shape (n, height, width, channels) with n of at least 2"
+    is_finite = images.ndim == 4 and images.dtype.kind in "fiu" and np.isfinite(images).all()
+    if not is_finite or (images == images[:1]).all():
+        needed = "finite numbers of shape (n, height, width, channels), not all alike"
         raise ValueError(f"images must be {needed}, got {images.dtype} of shape {images.shape}")
     return images
 

@@ -263,8 +263,7 @@ def build_image_generator(images, latent_dim=32, limits=None, widths=(512, 512, 
 
 def _principal_components(images):
     """Mean (d,), principal components (d, d), widest first, and variances (d,) of flat images."""
-    images = checks.check_images(images)[:20_000]
-    flat = images.reshape(len(images), -1).astype(float)
+    flat = np.array([image.ravel() for image in checks.check_images(images)[:20_000]], dtype=float)
     variances, components = np.linalg.eigh(np.cov(flat, rowvar=False))
     # Pixels that never change would have an infinitely narrow Gaussian.
     variances = np.maximum(variances[::-1], 0.15**2 * flat.var(axis=0).mean())

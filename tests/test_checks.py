@@ -206,7 +206,9 @@ IMAGES = normal(5, 4, 3, 2)
     ("build", "options", "message"),
     [
         (IMAGE_NET, {"images": IMAGES[0]}, r"images must be finite numbers of shape \(n, .* got .* shape \(4, 3, 2\)"),
-        (IMAGE_NET, {"images": IMAGES[:1]}, "with n of at least 2, got"),
+        (IMAGE_NET, {"images": IMAGES[:1]}, r"not all alike, got float\d+ of shape \(1, 4, 3, 2\)"),
+        (IMAGE_NET, {"images": IMAGES[:0]}, r"not all alike, got float\d+ of shape \(0, 4, 3, 2\)"),
+        (IMAGE_NET, {"images": IMAGES[[0, 0, 0]]}, r"not all alike, got float\d+ of shape \(3, 4, 3, 2\)"),
         (IMAGE_NET, {"images": np.full((2, 4, 3, 2), NAN)}, "images must be finite numbers"),
         (IMAGE_NET, {"widths": 4}, "widths must be a sequence of integers, got 4"),
         ("generator", {"images": IMAGES[0]}, "images must be finite numbers"),
