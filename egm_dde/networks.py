@@ -16,7 +16,7 @@ class _ExactLayer(keras.layers.Layer):
     """A layer that meets points with all their digits, under any dtype policy, and saves its ``options``."""
 
     def __init__(self, **kwargs):
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(autocast=False, **{"dtype": _exact_type()} | kwargs)
 
     def add_normal(self, name, shape, stddev, seed):
         """Add fixed weights drawn from N(0, stddev^2)."""
@@ -57,7 +57,7 @@ class RandomFourierFeatures(_ExactLayer):
             squared_frequencies = keras.ops.sum(keras.ops.square(self.frequencies), axis=0)  # (num_features,)
             damping = keras.ops.exp(-0.5 * keras.ops.exp(2.0 * log_noise_std) * squared_frequencies)
             waves = [damping * wave for wave in waves]
-        return keras.ops.cast(keras.ops.concatenate([x, *waves], axis=-1), self.compute_dtype)
+        return keras.ops.concatenate([x, *waves], axis=-1)
 
 
 class _NoisyGaussianLayer(_ExactLayer):
@@ -83,7 +83,7 @@ class NoiseScaling(_NoisyGaussianLayer):
     """
 
     def call(self, x, log_noise_std=None):
-        return keras.ops.cast(x / keras.ops.sqrt(self.noisy_variance(x, log_noise_std)), self.compute_dtype)
+        return x / keras.ops.sqrt(self.noisy_variance(x, log_noise_std))
 
 
 @_register
@@ -122,7 +122,7 @@ class CorrelatedGaussian(_ExactLayer):
         exponents = keras.ops.square(coordinates) / variances + keras.ops.log(2.0 * math.pi * variances)
         scale = keras.ops.sqrt(keras.ops.mean(self.variances))
         filtered = coordinates * self.variances / variances / scale
-        return keras.ops.cast(filtered, self.compute_dtype), -0.5 * keras.ops.sum(exponents, axis=-1, keepdims=True)
+        return filtered, -0.5 * keras.ops.sum(exponents, axis=-1, keepdims=True)
 
 
 def build_energy_net(
