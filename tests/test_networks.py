@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.stats import multivariate_normal
 from small_models import assert_equal_arrays, make_egm, normal, relative_error
 
 from egm_dde.networks import (
@@ -191,7 +190,7 @@ def test_image_energy_net_starts_at_the_gaussian_of_the_data():
     covariance = np.cov(flat, rowvar=False)
     x, levels = IMAGES[:6] + normal(6, 4, 3, 2), np.geomspace(0.5, 3, 6)
     expected = [
-        multivariate_normal(flat.mean(axis=0), covariance + level**2 * np.eye(24)).logpdf(image.ravel())
+        stats.multivariate_normal(flat.mean(axis=0), covariance + level**2 * np.eye(24)).logpdf(image.ravel())
         for image, level in zip(x, levels, strict=True)
     ]
     np.testing.assert_allclose(net([x, np.log(levels)[:, None]])[:, 0], expected, rtol=1e-2)
