@@ -139,14 +139,15 @@ class EGM(GeneratorModel):
         self.average_weights()
 
         # ... then some of each DDE, with fresh noise in each, and fresh generated points.
+        step_real, step_fake = (self.as_subgraph(dde.train_step) for dde in (self.dde_real, self.dde_fake))
         if self.dde_real.trainable_variables:
             for _ in range(self.real_steps):
-                self.dde_real.train_step(x)
+                step_real(x)
         else:
             self.dde_real.test_step(x)  # it is frozen, and measured
         for _ in range(self.dde_steps):
             z, _ = self.draw_latents(num_points, "latents", self.dde_fake.optimizer.iterations)
-            self.dde_fake.train_step(self.generate(z, training=True))
+            step_fake(self.generate(z, training=True))
         return self.get_metrics_result()
 
     def test_step(self, data):

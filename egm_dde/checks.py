@@ -210,9 +210,8 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
         raise ValueError(f"{name} must be real numbers (floats or integers), got {array.dtype}")
     given = array.shape[1:]
     expected = ("...",) if event_shape is None else event_shape
-    fits = len(given) == len(expected) and all(
-        size in (None, found) for found, size in zip(given, expected, strict=False)
-    )
+    pairs = zip(given, expected, strict=False)
+    fits = len(given) == len(expected) and all(size in (None, found) for found, size in pairs)
     if not given or not (fits or event_shape is None):
         raise ValueError(f"{name} must have shape {format_shape(('n', *expected))}, got {array.shape}")
     if array.size == 0:

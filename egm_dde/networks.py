@@ -201,9 +201,7 @@ def build_generator(  # noqa: D417
     return keras.Model(z, y, name="generator")
 
 
-def build_image_energy_net(  # noqa: D417
-    images, widths=(512, 512, 512), activation="silu", seed=0
-):
+def build_image_energy_net(images, widths=(512, 512, 512), activation="silu", seed=0):  # noqa: D417
     """Build the network of a DDE of images and a range of noise levels: dense layers, one scalar, plus a Gaussian.
 
     The Gaussian has mean and covariance of the data, so that what is left to learn is what makes images not Gaussian.

@@ -77,7 +77,7 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
         plot_density(ax, log_density, limit)
     x, y, u, v = np.hstack([points, scores]).reshape(resolution, resolution, 4).transpose(2, 0, 1)
     color = BLUE if log_density is None else "white"
-    streamlines = ax.streamplot(x, y, u, v, color=color, linewidth=0.7, arrowsize=0.7, density=1.4)
+    streamlines = ax.streamplot(x, y, u, v, color=color, linewidth=0.7, arrowsize=0.7)
     _frame_square(ax, limit)
     return streamlines
 
@@ -150,9 +150,8 @@ class Film:
     def __init__(self, figure_size=(4.0, 4.4), dpi=48):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for length in figure_size:
-            check_positive("each of figure_size", length)
-        check_positive("dpi", dpi)
+        for name, length in [*(("each of figure_size", length) for length in figure_size), ("dpi", dpi)]:
+            check_positive(name, length)
         self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(anchor="N")
@@ -171,7 +170,7 @@ class Film:
 class GifCallback(keras.callbacks.Callback):
     """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends; options are those of ``Film``.
 
-    The first frame shows the model before training and the last one after it. In between, the next one comes after 15 %
+    The first frame shows the model before training and the last one after it. In between, the next one comes after 20 %
     more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
     """
 
@@ -208,7 +207,7 @@ class GifCallback(keras.callbacks.Callback):
     def _add_frame(self):
         self._film.add_frame(self.draw, self.model, caption=f"step {self._step}")
         self._frame_step = self._step
-        self._next_step = self._step + max(5, math.ceil(0.15 * self._step))
+        self._next_step = self._step + max(5, math.ceil(self._step / 5))
 
 
 class ProgressBar(keras.callbacks.Callback):

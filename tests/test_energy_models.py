@@ -55,7 +55,7 @@ def test_loss_equals_its_formula(kind, dual_weight, sources_per_block, monkeypat
     dde = make_dde(kind, dual_weight=dual_weight)
     x = tf.constant(5 + points_for(dde, 8), tf.float64)
     noisy_x, noise, noise_std = (tensor.numpy() for tensor in dde.add_noise(x, KEY))
-    score = central_differences(lambda y: dde.log_density(y, noise_std=noise_std), noisy_x)
+    score = central_differences(lambda y: dde.log_density(y, noise_std=np.resize(noise_std, len(y))), noisy_x)
     level_derivative = level_differences(dde, noisy_x, np.log(noise_std))[:, 0] if dde.noise_conditional else None
     dim = noise[0].size
     noise, score, noise_std = noise.reshape(8, dim), score.reshape(8, dim), noise_std[:, 0]
@@ -601,7 +601,7 @@ class Batches(keras.utils.PyDataset):
         return (self.x[index * self.batch_size : (index + 1) * self.batch_size],)
 
 
-@pytest.mark.parametrize("make_model", [make_dde, make_egm])
+@pytest.mark.parametrize("make_model", [make_dde, pytest.param(make_egm, marks=pytest.mark.slow)])
 def test_training_is_a_function_of_the_seed_and_the_batches(make_model):
     # Ten points in batches of four: the last batch is smaller.
     x = normal(10, 3)

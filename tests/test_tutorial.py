@@ -144,6 +144,7 @@ def test_imports_are_in_the_setup_cells(kept):
     assert importing == code_cells(kept)[:2]
 
 
+@pytest.mark.slow
 def test_short_run_is_clean(short_run):
     notebook = nbformat.read(short_run / NOTEBOOK.name, as_version=4)
     check_outputs(notebook)
@@ -151,6 +152,7 @@ def test_short_run_is_clean(short_run):
     assert len(films) == len(FILMS)
 
 
+@pytest.mark.slow
 def test_short_run_writes_gifs_and_model(short_run):
     written = {path.name for path in (short_run / "rings_images").iterdir()}
     assert written == {*FILMS, "egm.keras"}
@@ -159,6 +161,7 @@ def test_short_run_writes_gifs_and_model(short_run):
         check_gif(short_run / "rings_images" / name, 10)
 
 
+@pytest.mark.slow
 def test_model_of_the_short_run_loads(short_run):
     import keras
 
@@ -174,6 +177,7 @@ def test_model_of_the_short_run_loads(short_run):
     assert score.shape == (100, 2)
 
 
+@pytest.mark.slow
 def test_the_notebook_and_the_ready_trained_models_have_one_recipe(short_run):
     import keras
 

@@ -256,7 +256,7 @@ def test_frames_are_spaced_like_the_logarithm_of_the_step(tmp_path, first_epoch,
     callback.on_train_end()
     steps = [50 * first_epoch]
     while steps[-1] < 50 * num_epochs:
-        steps.append(min(50 * num_epochs, steps[-1] + max(5, -(-15 * steps[-1] // 100))))  # 15 %, rounded up
+        steps.append(min(50 * num_epochs, steps[-1] + max(5, -(-steps[-1] // 5))))  # 20 %, rounded up
     assert titles == [f"step {step}" for step in steps]
 
 
