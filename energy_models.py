@@ -75,8 +75,8 @@ class DDE(DensityModel):
     def __init__(self, net, noise_std=0.1, dual_weight=1.0, seed=None, **kwargs):
         """Make a DDE of a network.
 
-        It adds the noise itself: ``dde.compile(); dde.fit(x)`` takes the clean data. Prefer large batches, as targets
-        are averaged over all points of the batch.
+        It adds the noise itself: ``dde.compile(); dde.fit(x)`` takes the clean data. Prefer batches of 512, as targets
+        are averaged over so many points of the batch at most.
 
         Args:
             net: ``keras.Model`` from (batch, *event) to (batch, 1), such as ``build_energy_net()``; for a range of
@@ -112,7 +112,7 @@ class EGM(GeneratorModel):
     ``dde_real`` learns the noisy density p~ of the data, ``dde_fake`` the noisy density q~ of the generated points, and
     the generator g minimises KL(q~ || p~) (Eq. 8), estimated up to the two constants, in nats, by
 
-        mean of dde_fake(y) - dde_real(y)  at  y = g(z) + noise_std * noise,  z ~ N(0, I).
+        mean of log q~(y) - log p~(y)  at  y = g(z) + noise_std * noise,  z ~ N(0, I).
 
     The gradient reaches g through y alone: both DDEs are frozen in this step, and no normaliser is needed. (The
     algorithm printed in the paper has a plus sign where its own code descends.) With a range of levels, this is

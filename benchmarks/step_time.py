@@ -27,7 +27,7 @@ STEPS_PER_ROUND = 40
 PRODUCT_SIZE = 2048
 NUM_STEPS = 5000  # of the learning rates' decay
 FRAMEWORKS = (
-    "TensorFlow, as in the notebook",
+    "TensorFlow, prepare_process",
     "TensorFlow, default threads",
     "PyTorch, eager",
     "PyTorch, torch.compile",

@@ -57,9 +57,9 @@ class GeneratorModel(Trainable):
             average.assign(variable + tf.cast(decay, variable.dtype) * (average - variable))
 
     def as_subgraph(self, step):
-        """A step that is traced once however often it is taken, which is a tenth faster, too, where TensorFlow can."""
-        can = not tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
-        return tf.function(step) if can else step
+        """``step`` as a graph of its own, where TensorFlow can: traced once for all its calls, and a tenth faster."""
+        is_possible = not tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
+        return tf.function(step) if is_possible else step
 
     @property
     def latent_shape(self):

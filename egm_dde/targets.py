@@ -7,11 +7,11 @@ import tensorflow as tf
 
 from egm_dde import draws
 
-SOURCES_PER_BLOCK = 512  # each noisy point meets this many points of its batch at a time
+SOURCES_PER_BLOCK = 512  # each noisy point meets the points of its block of the batch, this many at most
 
 
 def average_over_sources(x, noisy_x, noise, noise_std):
-    """Average the noise over all points of the batch that a noisy point may have come from, not its own alone.
+    """Average the noise over the points of its block that a noisy point may have come from, not its own alone.
 
     Seen from y = noisy_x_i, point x_j is the source with probability w_ij, proportional to
     exp(-||y - x_j||^2 / (2 noise_std_i^2)), and the noise was (y - x_j) / noise_std_i. It is attention over the batch:
