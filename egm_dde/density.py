@@ -27,7 +27,7 @@ class DensityModel(Trainable):
         return self.differentiate(x, self.as_levels(x, noise_std))[:2]
 
     def log_density(self, x, noise_std=None):
-        """Log density (batch, 1) of the noisy data up to a constant (by the dual term, one for all levels); see ``call``."""
+        """Log density (batch, 1) of noisy data up to a constant, one for all levels by the dual term; see ``call``."""
         x = self.as_points(x)
         return self.apply_net(x, tf.math.log(self.as_levels(x, noise_std)))
 
