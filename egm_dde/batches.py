@@ -8,6 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 BATCHES_PER_BLOCK = 64  # of an array are put in order in one go
+NO_AUTOTUNING = tf.data.Options()  # its thread sleeps for up to a minute, and the end of fit would wait for it
+NO_AUTOTUNING.autotune.enabled = False
 
 
 def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
@@ -39,7 +41,7 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
 
     num_batches = steps_per_epoch or batches_per_pass
     blocks = tf.data.Dataset.from_generator(put_in_order, output_signature=tf.TensorSpec((None, *x.shape[1:]), x.dtype))
-    batches = blocks.flat_map(split).take(num_batches)
+    batches = blocks.flat_map(split).take(num_batches).with_options(NO_AUTOTUNING)
     return batches.apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
 
@@ -69,7 +71,7 @@ class Run(keras.callbacks.Callback):
         scalar = tf.TensorSpec([], tf.int64)  # the number of steps made since the first epoch began
         position = tf.data.Dataset.from_generator(lambda: [self.position or 0], output_signature=scalar)
         batches = position.flat_map(lambda position: dataset.repeat().skip(position))
-        return batches.with_options(dataset.options()), self.steps_per_epoch
+        return batches.with_options(NO_AUTOTUNING).with_options(dataset.options()), self.steps_per_epoch
 
     def on_train_begin(self, logs=None):
         if self.steps_per_epoch is None:

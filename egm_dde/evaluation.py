@@ -20,7 +20,6 @@ from egm_dde.checks import check_integer, check_interval, check_points, check_po
 
 # The probability outside the square is 1 minus that of the bins, so rounding hides anything below about this.
 SMALLEST_OUTSIDE_PROBABILITY = 1e-12
-
 SMALLEST_NUM_PAIRS = 10  # of samples: the sliced Wasserstein distance of a single pair scatters by 30 %
 
 

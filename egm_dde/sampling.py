@@ -18,7 +18,6 @@ from egm_dde import checks, draws
 
 POINTS_PER_CHUNK = 2**14  # for the network: it bounds the memory, and keeps the hidden units in the cache
 STEPS_AT_THE_TOP = 10  # of annealed_langevin, whose points start far from the noisy density of the highest level
-
 # Annealed importance sampling: chains of the pilot run, and the share of accepted steps that it aims at, the best one
 # in many dimensions (Roberts and Rosenthal 1998).
 NUM_PILOTS = 256
