@@ -19,6 +19,7 @@ from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
 from small_models import assert_equal_arrays, normal
 
+from egm_dde.batches import Run, make_batches
 from egm_dde.visualization import write_gif
 from energy_models import DDE, EGM, build_energy_net, build_generator
 
@@ -246,6 +247,21 @@ def test_epochs_of_any_length_go_through_the_data_again_and_again():
     fit(model, "array in parts", epochs=3)  # 6 batches a pass, 4 steps an epoch
     first, second = np.split(np.concatenate(batches), 2)
     assert sorted(first) == sorted(second) == sorted(normal(NUM_POINTS, 2)[:, 0])
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_data_are_tuned_only_where_that_is_asked_for(is_asked_for):
+    # The end of fit would wait for TensorFlow's tuning thread, which sleeps for up to a minute.
+    options = tf.data.Options()
+    if is_asked_for:
+        options.autotune.enabled = True
+    model, x = make_model("DDE"), normal(4, 2)
+    dataset = tf.data.Dataset.from_tensors(x).with_options(options)
+    for batches, expected in (
+        (Run(model, 0).continue_dataset(dataset, 1)[0], is_asked_for),
+        (make_batches(model, x, 2, True, None)[0], False),
+    ):
+        assert batches.options().autotune.enabled is expected
 
 
 # Less than a batch, and more than are put in order in one go.
