@@ -122,9 +122,12 @@ def write_table(rows):
         for dataset in datasets:
             its_rows = [row for row in rows if (row["variant"], row["dataset"]) == (variant, dataset)]
             cells.append(" / ".join(report.summarise(its_rows, name, 3) for name in ("density_tv", "generator_tv")))
-        lines.append([variant, *cells])
+        if any(row["variant"] == variant for row in rows):
+            lines.append([variant, *cells])
     table = report.make_table(["", *(f"`{dataset}`: density / generator TV" for dataset in datasets)], lines)
-    report.write_section("ablation", f"{table}\n\n{report.describe_run(('tensorflow', 'keras'))}")
+    seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))
+    runs = f"Mean (smallest to largest) over seeds {seeds}; {steps} steps."
+    report.write_section("ablation", f"{table}\n\n{runs} {report.describe_run(('tensorflow', 'keras'))}")
 
 
 def main():
