@@ -58,7 +58,7 @@ class GeneratorModel(Trainable):
 
     def as_subgraph(self, step):
         """``step`` as a graph of its own, where TensorFlow can: traced once for all its calls, and a tenth faster."""
-        is_possible = not tf.executing_eagerly() and tf.distribute.get_strategy().num_replicas_in_sync == 1
+        is_possible = not (tf.executing_eagerly() or tf.distribute.has_strategy())
         return tf.function(step) if is_possible else step
 
     @property
