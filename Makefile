@@ -45,7 +45,7 @@ benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (several hours;
 
 PYTEST_PARALLEL := -n auto --maxprocesses 4 --dist loadscope
 
-test: $(INSTALLED) ## Run the fast tests (five minutes)
+test: $(INSTALLED) ## Run the fast tests (four minutes)
 	$(VENV)/bin/python -m pytest -m "not slow and not browser" $(PYTEST_PARALLEL)
 
 test-all: $(INSTALLED) ## Run all tests but those in a browser
