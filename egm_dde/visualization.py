@@ -150,8 +150,9 @@ class Film:
     def __init__(self, figure_size=(4.0, 4.4), dpi=48):
         if len(figure_size) != 2:
             raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for name, length in [*(("each of figure_size", length) for length in figure_size), ("dpi", dpi)]:
-            check_positive(name, length)
+        for length in figure_size:
+            check_positive("each of figure_size", length)
+        check_positive("dpi", dpi)
         self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(anchor="N")
