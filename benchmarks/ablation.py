@@ -116,14 +116,14 @@ def run(variant, dataset, seed, steps):
 def write_table(rows):
     """Write the means over seeds, for each data set."""
     datasets = [dataset for dataset in DATASETS if any(row["dataset"] == dataset for row in rows)]
+    variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
     lines = []
-    for variant in VARIANTS:
+    for variant in variants:
         cells = []
         for dataset in datasets:
             its_rows = [row for row in rows if (row["variant"], row["dataset"]) == (variant, dataset)]
             cells.append(" / ".join(report.summarise(its_rows, name, 3) for name in ("density_tv", "generator_tv")))
-        if any(row["variant"] == variant for row in rows):
-            lines.append([variant, *cells])
+        lines.append([variant, *cells])
     table = report.make_table(["", *(f"`{dataset}`: density / generator TV" for dataset in datasets)], lines)
     seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))
     runs = f"Mean (smallest to largest) over seeds {seeds}; {steps} steps."
