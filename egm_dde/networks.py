@@ -1,6 +1,5 @@
 """Networks for points and for images: the layers they are made of, and their builders."""
 
-import functools
 import itertools
 import math
 
@@ -8,6 +7,8 @@ import keras
 import numpy as np
 
 from egm_dde import checks
+
+WINDOW_STRIDE, WINDOW_WIDTHS = 4, (128, 64)  # of image_energy_net
 
 _register = keras.saving.register_keras_serializable("egm_dde")
 
@@ -18,10 +19,10 @@ class _ExactLayer(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(autocast=False, **{"dtype": _exact_type()} | kwargs)
 
-    def add_normal(self, name, shape, stddev, seed):
-        """Add fixed weights drawn from N(0, stddev^2)."""
-        initializer = keras.initializers.RandomNormal(stddev=stddev, seed=seed)
-        return self.add_weight(shape=shape, initializer=initializer, trainable=False, name=name)
+    def add_constants(self, initializer="ones", **shapes):
+        """Add weights that are not trained, by name."""
+        for name, shape in shapes.items():
+            setattr(self, name, self.add_weight(shape, initializer, trainable=False, name=name))
 
     def get_config(self):
         return {**super().get_config(), **{name: getattr(self, name) for name in self.options}}
@@ -48,7 +49,8 @@ class RandomFourierFeatures(_ExactLayer):
         self.num_features, self.scale, self.seed = num_features, scale, seed
 
     def build(self, x_shape, log_noise_std_shape=None):
-        self.frequencies = self.add_normal("frequencies", (x_shape[-1], self.num_features), self.scale, self.seed)
+        normal = keras.initializers.RandomNormal(stddev=self.scale, seed=self.seed)
+        self.add_constants(normal, frequencies=(x_shape[-1], self.num_features))
 
     def call(self, x, log_noise_std=None):
         phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
@@ -94,35 +96,86 @@ class GaussianLogDensity(_NoisyGaussianLayer):
     """
 
     def call(self, x, log_noise_std=None):
-        variance, dim = self.noisy_variance(x, log_noise_std), x.shape[-1]
-        squared_norm = keras.ops.sum(keras.ops.square(x), axis=-1, keepdims=True)
-        return -0.5 * (squared_norm / variance + dim * keras.ops.log(2.0 * math.pi * variance))
+        return keras.ops.sum(_log_normal(x, 0.0, self.noisy_variance(x, log_noise_std)), axis=-1, keepdims=True)
 
 
 @_register
 class CorrelatedGaussian(_ExactLayer):
-    """Points as a Gaussian with the mean and the covariance of the data sees them.
+    """Log density (batch, 1) of noisy points, if the clean ones were Gaussian with the mean and covariance of the data.
 
-    Returns the coordinates (batch, d) of the mean of the clean points given the noisy ones (Wiener's filter), along the
-    principal components and in units of the data's width, and the log density (batch, 1) of the noisy points.
+    ``components`` (d, d) are the principal components, in columns, and ``variances`` (d,) those along them.
     """
 
     options = ()
 
     def build(self, x_shape, log_noise_std_shape=None):
         dim = math.prod(x_shape[1:])
-        shapes = {"mean": (dim,), "components": (dim, dim), "variances": (dim,)}
-        add = functools.partial(self.add_weight, initializer="ones", trainable=False)
-        self.mean, self.components, self.variances = (add(shape=shape, name=name) for name, shape in shapes.items())
+        self.add_constants(mean=(dim,), components=(dim, dim), variances=(dim,))
 
     def call(self, x, log_noise_std):
         centred = keras.ops.reshape(x, (-1, self.mean.shape[0])) - self.mean
-        coordinates = keras.ops.matmul(centred, self.components)
         variances = self.variances + keras.ops.exp(2.0 * log_noise_std)  # (batch, d)
-        exponents = keras.ops.square(coordinates) / variances + keras.ops.log(2.0 * math.pi * variances)
-        scale = keras.ops.sqrt(keras.ops.mean(self.variances))
-        filtered = coordinates * self.variances / variances / scale
-        return filtered, -0.5 * keras.ops.sum(exponents, axis=-1, keepdims=True)
+        log_densities = _log_normal(keras.ops.matmul(centred, self.components), 0.0, variances)
+        return keras.ops.sum(log_densities, axis=-1, keepdims=True)
+
+
+@_register
+class PixelMixture(_NoisyGaussianLayer):
+    """Log density (batch, 1) of noisy pixels, each a mixture of black, white and grey, over that of Gaussian pixels.
+
+    It adds to a Gaussian of images that most pixels of a drawing are as black or white as can be. Where the noise is
+    half as wide as the pixels and more, neighbours tell more than the pixel itself: the log ratio fades out.
+    """
+
+    def build(self, x_shape, log_noise_std_shape=None):
+        self.add_constants(shares=(3, *x_shape[1:]), means=(3,), variances=(3,))
+
+    def call(self, x, log_noise_std):
+        noise_variance = keras.ops.reshape(keras.ops.exp(2.0 * log_noise_std), (-1, 1, 1, 1))
+        mean = keras.ops.tensordot(self.means, self.shares, 1)  # (height, width, channels)
+        variance = keras.ops.tensordot(self.variances + self.means**2, self.shares, 1) - mean**2
+        parts = [
+            keras.ops.log(self.shares[i]) + _log_normal(x, self.means[i], self.variances[i] + noise_variance)
+            for i in range(3)
+        ]
+        log_ratios = keras.ops.logsumexp(keras.ops.stack(parts), axis=0)
+        log_ratios -= _log_normal(x, mean, variance + noise_variance)
+        fading = 1.0 / (1.0 + 4.0 / self.data_std**2 * keras.ops.exp(2.0 * log_noise_std))
+        return fading * keras.ops.sum(log_ratios, axis=(1, 2, 3))[:, None]
+
+
+@_register
+class Windows(_ExactLayer):
+    """Cut images (batch, height, width, channels) into overlapping windows (batch, number of windows, pixels).
+
+    They are squares of 2 ``stride`` pixels, ``stride`` apart; half of the outermost ones lies beyond the image.
+    """
+
+    options = ("stride",)
+
+    def __init__(self, stride, **kwargs):
+        super().__init__(**kwargs)
+        self.stride = stride
+
+    def call(self, x):
+        stride, (height, width, channels) = self.stride, x.shape[1:]
+        rows, columns = (-(-size // stride) + 1 for size in (height, width))  # of blocks, of which four make a window
+        margins = (rows * stride - height, columns * stride - width)
+        x = keras.ops.pad(x, [(0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)])
+        blocks = keras.ops.reshape(x, (-1, rows, stride, columns, stride, channels))
+        blocks = keras.ops.transpose(blocks, (0, 1, 3, 2, 4, 5))  # (batch, rows, columns, stride, stride, channels)
+        corners = [blocks[:, i : rows - 1 + i, j : columns - 1 + j] for i in (0, 1) for j in (0, 1)]
+        windows = keras.ops.stack(corners, axis=3)
+        return keras.ops.reshape(windows, (-1, (rows - 1) * (columns - 1), 4 * stride**2 * channels))
+
+
+@_register
+class ScoreScaling(_NoisyGaussianLayer):
+    """Multiply by sqrt(data_std^2 + noise_std^2) / noise_std: the lower the noise, the steeper the log density."""
+
+    def call(self, hidden, log_noise_std):
+        hidden = keras.ops.cast(hidden, log_noise_std.dtype)
+        return hidden * keras.ops.sqrt(self.noisy_variance(hidden, log_noise_std)) * keras.ops.exp(-log_noise_std)
 
 
 def build_energy_net(
@@ -201,13 +254,16 @@ def build_generator(  # noqa: D417
     return keras.Model(z, y, name="generator")
 
 
-def build_image_energy_net(images, widths=(512, 512, 512), activation="silu", seed=0):  # noqa: D417
-    """Build the network of a DDE of images and a range of noise levels: dense layers, one scalar, plus a Gaussian.
+def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0):  # noqa: D417
+    """Build the network of a DDE of images and a range of noise levels.
 
-    The Gaussian has mean and covariance of the data, so that what is left to learn is what makes images not Gaussian.
+    Two dense layers look at each window of 8 x 8 pixels, every 4 pixels; those of ``widths`` look at what they found in
+    all windows. With the second derivatives of training, a CPU does this faster than convolutions. What is left to
+    learn is what a Gaussian of the images and a mixture for each pixel do not know.
 
     Args:
-        images: images to train on (n, height, width, channels), for mean and covariance; 20,000 are used at most.
+        images: images to train on (n, height, width, channels), for mean, covariance and shares of black and white,
+            which are the smallest and the largest number in them; 20,000 images are used at most.
         widths, activation, seed: as in ``build_energy_net``.
 
     Returns:
@@ -217,12 +273,24 @@ def build_image_energy_net(images, widths=(512, 512, 512), activation="silu", se
     statistics = _principal_components(images)
     checks.check_sizes_and_scales({}, widths, {})
     initializers = _initializers("GlorotUniform", checks.check_seed(seed))
-    x, log_noise_std = _energy_inputs(np.shape(images)[1:], noise_conditional=True)
-    gaussian = CorrelatedGaussian()
-    hidden, base_measure = gaussian(x, log_noise_std)
-    gaussian.set_weights(statistics)
+    event_shape = np.shape(images)[1:]
+    x, log_noise_std = _energy_inputs(event_shape, noise_conditional=True)
+    data_std = math.sqrt(np.mean(np.var(images[:20_000], axis=0)))
+    scaled = NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
+    windows = Windows(WINDOW_STRIDE)(keras.ops.reshape(scaled, (-1, *event_shape)))
+    hidden = keras.layers.Concatenate()([windows, keras.layers.RepeatVector(windows.shape[1])(log_noise_std)])
+    found = []
+    for width in WINDOW_WIDTHS:
+        hidden = _stack_dense_layers(hidden, (width,), activation, initializers)
+        found.append(keras.ops.sum(hidden, axis=1))
+    hidden = keras.layers.Flatten()(hidden)
     for width in widths:
         hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
+    hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
+    gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
+    base_measure = keras.layers.Add()([gaussian(x, log_noise_std), mixture(x, log_noise_std)])
+    gaussian.set_weights(statistics)
+    mixture.set_weights(_pixel_statistics(images))
     return _energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
 
 
@@ -266,6 +334,22 @@ def _principal_components(images):
     # Pixels that never change would have an infinitely narrow Gaussian.
     variances = np.maximum(variances[::-1], 0.15**2 * flat.var(axis=0).mean())
     return flat.mean(axis=0), components[:, ::-1], variances
+
+
+def _pixel_statistics(images):
+    """Shares (3, height, width, channels) of black, white and grey in each pixel, their means and variances (3,)."""
+    images = np.asarray(images[:20_000], dtype=float)
+    low, high = images.min(), images.max()
+    margin = 0.05 * (high - low)
+    is_low, is_high = images < low + margin, images > high - margin
+    shares = np.stack([np.mean(part, axis=0) for part in (is_low, is_high, ~(is_low | is_high))])
+    means, stds = np.array([low, high, (low + high) / 2]), (high - low) * np.array([0.02, 0.02, 12**-0.5])
+    return (shares + 1e-3) / 1.003, means, stds**2  # a share of zero has no logarithm
+
+
+def _log_normal(x, mean, variance):
+    """Log density of each x in N(mean, variance)."""
+    return -0.5 * (keras.ops.square(x - mean) / variance + keras.ops.log(2.0 * math.pi * variance))
 
 
 def _exact_type():

@@ -9,7 +9,10 @@ from small_models import assert_equal_arrays, make_egm, normal, relative_error
 from egm_dde.networks import (
     GaussianLogDensity,
     NoiseScaling,
+    PixelMixture,
     RandomFourierFeatures,
+    ScoreScaling,
+    Windows,
     build_energy_net,
     build_generator,
     build_image_energy_net,
@@ -72,9 +75,42 @@ def test_base_measure_is_a_normalised_gaussian():
     np.testing.assert_allclose(layer(x, np.log(levels, dtype=np.float32)[:, None])[:, 0], expected, rtol=1e-5)
 
 
+def test_score_scaling_follows_the_slope_of_a_log_density():
+    hidden, levels = normal(4, 3), np.array([[0.1], [0.5], [1.0], [30.0]], np.float32)
+    np.testing.assert_allclose(ScoreScaling(1.7)(hidden, np.log(levels)), hidden * np.hypot(1, 1.7 / levels), rtol=1e-5)
+
+
+def test_windows_overlap_by_half_and_pass_the_edges():
+    images = normal(2, 7, 8, 3)  # with margins of 2 and 3 rows, 2 and 2 columns around them
+    padded = np.pad(images, [(0, 0), (2, 3), (2, 2), (0, 0)])
+    windows = Windows(4)(images).numpy()
+    assert windows.shape == (2, 4, 8 * 8 * 3)
+    for window, (row, column) in zip(windows.swapaxes(0, 1), itertools.product((0, 4), (0, 4)), strict=True):
+        expected = padded[:, row : row + 8, column : column + 8].reshape(2, -1)
+        np.testing.assert_array_equal(np.sort(window), np.sort(expected))
+
+
+def test_pixel_mixture_is_the_log_ratio_to_the_gaussian_of_the_same_moments():
+    layer, level = PixelMixture(data_std=0.8), 0.3
+    x = normal(4, 2, 1, 1)
+    layer.build(x.shape)
+    shares, means, variances = np.array([[0.7, 0.2], [0.1, 0.5], [0.2, 0.3]]), [-1.0, 1.0, 0.2], [0.01, 0.02, 0.3]
+    layer.set_weights([shares.reshape(3, 2, 1, 1), np.array(means), np.array(variances)])
+    log_ratio = 0
+    for pixel in range(2):
+        values, weights = x[:, pixel, 0, 0], shares[:, pixel]
+        mean = weights @ means
+        variance = weights @ (np.square(means) + variances) - mean**2 + level**2
+        densities = [stats.norm(m, np.sqrt(v + level**2)).pdf(values) for m, v in zip(means, variances, strict=True)]
+        log_ratio += np.log(weights @ densities) - stats.norm(mean, np.sqrt(variance)).logpdf(values)
+    expected = log_ratio / (1 + (level / 0.4) ** 2)
+    np.testing.assert_allclose(layer(x, np.full((4, 1), np.log(level), np.float32))[:, 0], expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
+        (Windows, {"stride": 3}),
         (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3}),
         (NoiseScaling, {"data_std": 1.3}),
         (GaussianLogDensity, {"data_std": 1.3}),
@@ -181,30 +217,33 @@ def test_every_option_of_a_network_matters(build, options, changes, event_shape)
 # --- Networks of images ---
 
 
-def test_image_energy_net_starts_at_the_gaussian_of_the_data():
-    # Without the correction, it is the log density of N(mean, covariance + noise_std^2 I).
+def test_image_energy_net_starts_at_the_gaussian_of_the_data_and_the_mixture_of_its_pixels():
+    # Without the correction, it is the log density of N(mean, covariance + noise_std^2 I), and that of the mixture.
     net = build_image_energy_net(IMAGES, (5,))
-    assert sizes_of(net, keras.layers.Dense, "units") == [5, 1]
-    net.layers[-2].set_weights([np.zeros((5, 1))])
+    assert sizes_of(net, keras.layers.Dense, "units") == [128, 64, 5, 1]
+    last_layer = [layer for layer in net.layers if isinstance(layer, keras.layers.Dense)][-1]
+    last_layer.set_weights([np.zeros((128 + 64 + 5, 1))])
     flat = IMAGES.reshape(50, -1)
     covariance = np.cov(flat, rowvar=False)
-    x, levels = IMAGES[:6] + normal(6, 4, 3, 2), np.geomspace(0.5, 3, 6)
+    x = (IMAGES[:6] + normal(6, 4, 3, 2)).astype(np.float32)
+    levels = np.geomspace(0.5, 3, 6, dtype=np.float32)
     expected = [
         stats.multivariate_normal(flat.mean(axis=0), covariance + level**2 * np.eye(24)).logpdf(image.ravel())
         for image, level in zip(x, levels, strict=True)
     ]
+    (mixture,) = (layer for layer in net.layers if isinstance(layer, PixelMixture))
+    expected += mixture(x, np.log(levels)[:, None]).numpy()[:, 0]
     np.testing.assert_allclose(net([x, np.log(levels)[:, None]])[:, 0], expected, rtol=1e-2)
 
 
-def test_coordinates_of_images_are_those_of_wieners_filter():
-    layer = build_image_energy_net(IMAGES, (5,)).get_layer(index=2)
-    flat, level = IMAGES.reshape(50, -1), 0.7
-    covariance, mean = np.cov(flat, rowvar=False), flat.mean(axis=0)
-    y = (IMAGES + level * normal(*IMAGES.shape, seed=8)).astype(np.float32)
-    coordinates, _ = layer(y, np.full((50, 1), np.log(level), np.float32))
-    filtered = mean + np.sqrt(np.trace(covariance) / 24) * coordinates @ np.transpose(layer.components)
-    gain = covariance @ np.linalg.inv(covariance + level**2 * np.eye(24))
-    assert relative_error(filtered, mean + (y.reshape(50, -1) - mean) @ gain) < 0.01
+def test_pixels_have_their_shares_of_black_and_white():
+    images = np.array([[-1, -1, 0.1], [-0.95, 1, -0.2], [-1, 0.97, 0.5], [-1, 1, 1]], np.float32).reshape(4, 3, 1, 1)
+    (mixture,) = (layer for layer in build_image_energy_net(images, (5,)).layers if isinstance(layer, PixelMixture))
+    shares, means, variances = mixture.get_weights()
+    expected = np.array([[1, 0.25, 0], [0, 0.75, 0.25], [0, 0, 0.75]])
+    np.testing.assert_allclose(shares[..., 0, 0], expected, atol=2e-3)
+    np.testing.assert_allclose(means, [-1, 1, 0])
+    np.testing.assert_allclose(np.sqrt(variances), [0.04, 0.04, 3**-0.5], rtol=1e-5)
 
 
 def test_pixels_that_never_change_have_a_width():
