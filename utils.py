@@ -58,13 +58,8 @@ def noisy_density_2d(dataset, points, noise_std):
     Gaussians stay Gaussians, a square becomes a product of differences of normal distribution functions, a ring becomes
     a Bessel function, and the spirals are a Gauss-Legendre quadrature over the angle.
 
-    Args:
-        dataset: one of ``DATASETS``; ValueError is raised for another.
-        points: array (n, 2) of finite coordinates, in data units.
-        noise_std: standard deviation of the added noise, in data units; 0 gives the density of the clean data.
-
-    Returns:
-        float64 array (n,): probability per unit area.
+    ``points`` are finite, (n, 2), and ``noise_std`` is at least 0, both in data units. Returns a float64 array (n,),
+    probability per unit area; raises ValueError for other arguments.
     """
     _, density = _look_up(dataset)
     points = check_points("points", points, (2,), "float64")
@@ -74,11 +69,8 @@ def noisy_density_2d(dataset, points, noise_std):
 def distances_to_modes(dataset, points):
     """Compute the distances of points (n, 2) from the modes: a Gaussian's centre, a dark square or a ring's circle.
 
-    Points within a square are at the distance 0 from it. "2spirals" is refused: its arms are too close to tell apart.
-
-    Returns:
-        float64 array (n, number of modes), in data units, in the order of ``GAUSSIAN_CENTRES``, ``SQUARE_CORNERS`` or
-        ``RING_RADII``.
+    They come as a float64 array (n, number of modes), in data units, in the order of ``GAUSSIAN_CENTRES``,
+    ``SQUARE_CORNERS`` or ``RING_RADII``. "2spirals" is refused: its arms are too close to tell apart.
     """
     if not isinstance(dataset, str) or dataset not in ("8gaussians", "checkerboard", "rings"):
         raise ValueError(f"dataset must be one with modes: 8gaussians, checkerboard, rings; got {dataset!r}")

@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-BATCHES_PER_BLOCK = 64  # of an array are put in order in one go
 NO_AUTOTUNING = tf.data.Options()  # its thread sleeps for up to a minute, and the end of fit would wait for it
 NO_AUTOTUNING.autotune.enabled = False
 
@@ -28,21 +27,15 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
         position = model.num_steps % batches_per_pass if steps_per_epoch else 0
         for first_step in itertools.count(model.num_steps - position, batches_per_pass):
             rng = np.random.default_rng((model.seed, first_step))
-            order = (rng.permutation(len(x)) if shuffle else np.arange(len(x)))[: batches_per_pass * batch_size]
-            for start in range(position, batches_per_pass, BATCHES_PER_BLOCK):
-                yield x[order[start * batch_size : (start + BATCHES_PER_BLOCK) * batch_size]]
+            order = rng.permutation(len(x)) if shuffle else np.arange(len(x))
+            for batch in range(position, batches_per_pass):
+                yield x[order[batch * batch_size : (batch + 1) * batch_size]]
             position = 0
 
-    def split(block):
-        num_points = tf.shape(block)[0] // batch_size * batch_size
-        full = tf.data.Dataset.from_tensor_slices(tf.reshape(block[:num_points], (-1, batch_size, *x.shape[1:])))
-        rest = tf.data.Dataset.from_tensors(block[num_points:]).filter(lambda points: tf.size(points) > 0)
-        return full.concatenate(rest)
-
     num_batches = steps_per_epoch or batches_per_pass
-    blocks = tf.data.Dataset.from_generator(put_in_order, output_signature=tf.TensorSpec((None, *x.shape[1:]), x.dtype))
-    batches = blocks.flat_map(split).take(num_batches).with_options(NO_AUTOTUNING)
-    return batches.apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
+    spec = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
+    batches = tf.data.Dataset.from_generator(put_in_order, output_signature=spec).take(num_batches)
+    return batches.with_options(NO_AUTOTUNING).apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
 
 class Run(keras.callbacks.Callback):

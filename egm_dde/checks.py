@@ -43,13 +43,6 @@ def check_interval(name, value, low, high=math.inf):
     return float(value)
 
 
-def check_bool(name, value):
-    """Return a bool, or raise ValueError."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
 def check_seed(seed):
     """Return a seed as an int; None draws one from Python's ``random``."""
     return random.getrandbits(31) if seed is None else check_integer("seed, unless it is None,", seed, 0, 2**31)
@@ -99,14 +92,6 @@ def check_images(images):
         needed = "finite numbers of shape (n, height, width, channels), not all alike"
         raise ValueError(f"images must be {needed}, got {images.dtype} of shape {images.shape}")
     return images
-
-
-def check_limits(limits):
-    """Return the limits of pixels, (low, high), as floats."""
-    is_pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(is_finite_number, limits))
-    if not is_pair or not limits[0] < limits[1]:
-        raise ValueError(f"limits must be finite numbers (low, high) with low < high, got {limits!r}")
-    return tuple(map(float, limits))
 
 
 def check_network(name, net, num_inputs):

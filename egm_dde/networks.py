@@ -8,13 +8,15 @@ import numpy as np
 
 from egm_dde import checks
 
-WINDOW_STRIDE, WINDOW_WIDTHS = 4, (128, 64)  # of image_energy_net
+WINDOW_WIDTHS = (128, 64)  # of the dense layers that look at a part of an image
 
 _register = keras.saving.register_keras_serializable("egm_dde")
 
 
 class _ExactLayer(keras.layers.Layer):
     """A layer that meets points with all their digits, under any dtype policy, and saves its ``options``."""
+
+    options = ()
 
     def __init__(self, **kwargs):
         super().__init__(autocast=False, **{"dtype": _exact_type()} | kwargs)
@@ -106,8 +108,6 @@ class CorrelatedGaussian(_ExactLayer):
     ``components`` (d, d) are the principal components, in columns, and ``variances`` (d,) those along them.
     """
 
-    options = ()
-
     def build(self, x_shape, log_noise_std_shape=None):
         dim = math.prod(x_shape[1:])
         self.add_constants(mean=(dim,), components=(dim, dim), variances=(dim,))
@@ -131,34 +131,25 @@ class PixelMixture(_NoisyGaussianLayer):
         self.add_constants(shares=(3, *x_shape[1:]), means=(3,), variances=(3,))
 
     def call(self, x, log_noise_std):
-        noise_variance = keras.ops.reshape(keras.ops.exp(2.0 * log_noise_std), (-1, 1, 1, 1))
-        mean = keras.ops.tensordot(self.means, self.shares, 1)  # (height, width, channels)
-        variance = keras.ops.tensordot(self.variances + self.means**2, self.shares, 1) - mean**2
-        parts = [
-            keras.ops.log(self.shares[i]) + _log_normal(x, self.means[i], self.variances[i] + noise_variance)
-            for i in range(3)
-        ]
-        log_ratios = keras.ops.logsumexp(keras.ops.stack(parts), axis=0)
-        log_ratios -= _log_normal(x, mean, variance + noise_variance)
+        x, noise_variance = x[:, None], keras.ops.reshape(keras.ops.exp(2.0 * log_noise_std), (-1, 1, 1, 1, 1))
+        means, variances = (keras.ops.reshape(each, (3, 1, 1, 1)) for each in (self.means, self.variances))
+        mean = keras.ops.sum(self.shares * means, axis=0)  # (height, width, channels)
+        variance = keras.ops.sum(self.shares * (variances + means**2), axis=0) - mean**2
+        parts = keras.ops.log(self.shares) + _log_normal(x, means, variances + noise_variance)
+        log_ratios = keras.ops.logsumexp(parts, axis=1, keepdims=True) - _log_normal(x, mean, variance + noise_variance)
         fading = 1.0 / (1.0 + 4.0 / self.data_std**2 * keras.ops.exp(2.0 * log_noise_std))
-        return fading * keras.ops.sum(log_ratios, axis=(1, 2, 3))[:, None]
+        return fading * keras.ops.sum(log_ratios, axis=(2, 3, 4))
 
 
 @_register
 class Windows(_ExactLayer):
     """Cut images (batch, height, width, channels) into overlapping windows (batch, number of windows, pixels).
 
-    They are squares of 2 ``stride`` pixels, ``stride`` apart; half of the outermost ones lies beyond the image.
+    They are squares of 8 pixels, 4 apart; half of the outermost ones lies beyond the image.
     """
 
-    options = ("stride",)
-
-    def __init__(self, stride, **kwargs):
-        super().__init__(**kwargs)
-        self.stride = stride
-
     def call(self, x):
-        stride, (height, width, channels) = self.stride, x.shape[1:]
+        stride, (height, width, channels) = 4, x.shape[1:]
         rows, columns = (-(-size // stride) + 1 for size in (height, width))  # of blocks, of which four make a window
         margins = (rows * stride - height, columns * stride - width)
         x = keras.ops.pad(x, [(0, 0), *((margin // 2, margin - margin // 2) for margin in margins), (0, 0)])
@@ -267,17 +258,15 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
         widths, activation, seed: as in ``build_energy_net``.
 
     Returns:
-        A Functional ``keras.Model`` from [(batch, height, width, channels), log(noise_std) (batch, 1)] to (batch, 1):
-        the log density of the noisy images up to a constant.
+        A Functional ``keras.Model`` from [(batch, height, width, channels), log(noise_std) (batch, 1)] to (batch, 1).
     """
-    statistics = _principal_components(images)
+    statistics, event_shape = _principal_components(images), np.shape(images)[1:]
     checks.check_sizes_and_scales({}, widths, {})
     initializers = _initializers("GlorotUniform", checks.check_seed(seed))
-    event_shape = np.shape(images)[1:]
     x, log_noise_std = _energy_inputs(event_shape, noise_conditional=True)
     data_std = math.sqrt(np.mean(np.var(images[:20_000], axis=0)))
     scaled = NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
-    windows = Windows(WINDOW_STRIDE)(keras.ops.reshape(scaled, (-1, *event_shape)))
+    windows = Windows()(keras.ops.reshape(scaled, (-1, *event_shape)))
     hidden = keras.layers.Concatenate()([windows, keras.layers.RepeatVector(windows.shape[1])(log_noise_std)])
     found = []
     for width in WINDOW_WIDTHS:
@@ -288,23 +277,22 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
         hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
     hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
     gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
-    base_measure = keras.layers.Add()([gaussian(x, log_noise_std), mixture(x, log_noise_std)])
+    base_measure = gaussian(x, log_noise_std) + mixture(x, log_noise_std)
     gaussian.set_weights(statistics)
     mixture.set_weights(_pixel_statistics(images))
     return _energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
 
 
-def build_image_generator(images, latent_dim=32, limits=None, widths=(512, 512, 512), seed=0):  # noqa: D417
+def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0):  # noqa: D417
     """Build the generator of images: the Gaussian of the widest directions of the data, corrected by dense layers.
 
     From random weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes
-    on the way. All of it is trained, the Gaussian's linear map too.
+    on the way. All of it is trained, the Gaussian's linear map too. Pixels that are darker or brighter than any of
+    ``images`` come back nineteen twentieths of the way: a hard bound would have no gradient that leads back.
 
     Args:
         images, widths, seed: as in ``build_image_energy_net``; the layers have ReLU.
         latent_dim: number of coordinates of the latent z ~ N(0, I), at most that of a flat image.
-        limits: (low, high) of a pixel; those beyond come back nineteen twentieths of the way, as a hard bound would
-            have no gradient that leads back. None sets no limits.
 
     Returns:
         A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels).
@@ -322,8 +310,7 @@ def build_image_generator(images, latent_dim=32, limits=None, widths=(512, 512, 
     small = keras.initializers.VarianceScaling(0.01, seed=seed)
     correction = keras.layers.Dense(len(mean), kernel_initializer=small, dtype=exact)(hidden)
     pixels = keras.layers.Add(dtype=exact)([start, correction])
-    if limits is not None:
-        pixels = 0.05 * pixels + 0.95 * keras.ops.clip(pixels, *checks.check_limits(limits))
+    pixels = 0.05 * pixels + 0.95 * keras.ops.clip(pixels, float(np.min(images)), float(np.max(images)))
     return keras.Model(z, keras.layers.Reshape(np.shape(images)[1:], dtype=exact)(pixels), name="image_generator")
 
 

@@ -62,7 +62,6 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
     num_steps = checks.check_integer("num_steps", num_steps)
     level = choose_level(dde, noise_std, default=dde.noise_range[0])
     step_size = 0.1 * level**2 if step_size is None else checks.check_positive("step_size", step_size)
-    checks.check_bool("adjusted", adjusted)
     seed = checks.check_seed(seed)
     x = tf.constant(checks.check_points("x", x, dde.event_shape, dde.variable_dtype, level))
     evaluate = functools.partial(compile_dde(dde, x), level=level)
@@ -72,7 +71,7 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
     return check_finite(state[0].numpy(), f"step_size={step_size:g}")
 
 
-def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, denoise=True, seed=None):
+def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, seed=None):
     """Draw points of the data by Langevin dynamics at ever lower noise levels (Song and Ermon 2019, arXiv:1907.05600).
 
     Where the noise is as wide as the data, points from a broad Gaussian soon follow the noisy density. From there, a
@@ -90,7 +89,6 @@ def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, denoise=Tru
         n_samples: number of points, an integer of at least 1.
         num_levels: number of levels, an integer of at least 2.
         step_ratio: step size in units of the squared level, a positive number; 0.1 to 0.6 are good, 2 is unstable.
-        denoise: whether the points come to the clean data, or follow the noisy density of the lowest level.
         seed: integer for repeatable points; None draws fresh ones.
 
     Returns:
@@ -105,13 +103,12 @@ def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, denoise=Tru
     n_samples = checks.check_integer("n_samples", n_samples)
     num_levels = checks.check_integer("num_levels", num_levels, 2)
     step_ratio = checks.check_positive("step_ratio", step_ratio)
-    last_level = 0.0 if checks.check_bool("denoise", denoise) else low
     seed = checks.check_seed(seed)
 
     keys = (draws.draw_key(seed, "annealed_langevin", step) for step in itertools.count())
     # As wide as the noisy density is where the data are as wide as the noise.
     x = math.sqrt(2) * high * draws.normal((n_samples, *dde.event_shape), next(keys), dde.variable_dtype)
-    levels = [*np.geomspace(high, low, num_levels).tolist(), last_level]
+    levels = [*np.geomspace(high, low, num_levels).tolist(), 0.0]
     evaluate_at = compile_dde(dde, x)
     for level, next_level in itertools.pairwise(levels):
         evaluate = functools.partial(evaluate_at, level=level)

@@ -82,18 +82,14 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
     return streamlines
 
 
-def plot_arrows(ax, points, vectors, color="black", limit=4.0, length=None):
+def plot_arrows(ax, points, vectors, limit=4.0):
     """Draw an arrow from each point, vectors (n, 2), such as grad f_real - grad f_fake; return the ``Quiver``.
 
-    ``length`` is how long a vector of length 1 is drawn, in data units; None makes the 95th percentile of the arrows an
-    eighth of ``limit`` long.
+    The 95th percentile of their lengths is drawn an eighth of ``limit`` long.
     """
     points, vectors = _check_pairs(limit, points=points, vectors=vectors)
-    if length is None:
-        longest = np.percentile(np.linalg.norm(vectors, axis=1), 95)
-        length = limit / 8 / longest if longest > 0 else 1.0
-    length = check_positive("length", length)
-    arrows = ax.quiver(*points.T, *vectors.T, color=color, angles="xy", scale_units="xy", scale=1 / length, width=0.004)
+    scale = np.percentile(np.linalg.norm(vectors, axis=1), 95) / (limit / 8) or 1.0  # not 0, if none moves
+    arrows = ax.quiver(*points.T, *vectors.T, angles="xy", scale_units="xy", scale=scale, width=0.004)
     _frame_square(ax, limit)
     return arrows
 
@@ -112,10 +108,9 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
 def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=220_000):
     """Write uint8 RGB frames (n, height, width, 3) as an endlessly looping GIF, all or nothing.
 
-    A failure leaves an existing file as it was; missing parent folders are made. The last frame is shown for
-    ``last_frame_duration`` seconds, the others for ``frame_duration``, rounded to hundredths. Equal frames in a row are
-    merged. All share one palette, so that colours are steady; it shrinks from 256 to as few as 32 colours if the file
-    would be larger than ``max_bytes``.
+    The last frame is shown for ``last_frame_duration`` seconds, the others for ``frame_duration``; equal ones in a row
+    are merged. All share one palette, so that colours are steady; it shrinks from 256 to as few as 32 colours if the
+    file would be larger than ``max_bytes``. Missing parent folders are made.
     """
     for name, seconds in (("frame_duration", frame_duration), ("last_frame_duration", last_frame_duration)):
         check_interval(name, seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
@@ -145,15 +140,10 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
 
 
 class Film:
-    """Frames drawn one after the other on one ``Figure``, (width, height) inches, which pyplot does not know."""
+    """Frames drawn one after the other on one ``Figure``, which pyplot does not know."""
 
-    def __init__(self, figure_size=(4.0, 4.4), dpi=48):
-        if len(figure_size) != 2:
-            raise ValueError(f"figure_size must be (width, height), got {figure_size!r}")
-        for length in figure_size:
-            check_positive("each of figure_size", length)
-        check_positive("dpi", dpi)
-        self.figure = Figure(figsize=figure_size, dpi=dpi, layout="constrained")
+    def __init__(self):
+        self.figure = Figure(figsize=(4.0, 4.4), dpi=48, layout="constrained")
         self.canvas = FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_subplot(anchor="N")
         self.frames = []
@@ -169,25 +159,24 @@ class Film:
 
 
 class GifCallback(keras.callbacks.Callback):
-    """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends; options are those of ``Film``.
+    """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends.
 
     The first frame shows the model before training and the last one after it. In between, the next one comes after 20 %
     more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
     """
 
-    def __init__(self, path, draw, max_bytes=220_000, **options):
+    def __init__(self, path, draw):
         super().__init__()
         if not callable(draw):
             raise ValueError(f"draw must be a callable draw(ax, model), got {draw!r}")
-        Film(**options)  # refuses bad options now
-        self.path, self.draw, self.max_bytes, self.options = Path(path), draw, max_bytes, options
+        self.path, self.draw = Path(path), draw
 
     def on_train_begin(self, logs=None):
         self._film = None
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._film is None:  # the first epoch of this run, which is not 0 in a resumed one
-            self._film = Film(**self.options)
+            self._film = Film()
             self._step = epoch * (self.params["steps"] or 0)
             self._add_frame()
         self._step_of_epoch = self._step
@@ -202,7 +191,7 @@ class GifCallback(keras.callbacks.Callback):
             return
         if self._frame_step != self._step:
             self._add_frame()
-        write_gif(self.path, self._film.frames, max_bytes=self.max_bytes)
+        write_gif(self.path, self._film.frames)
         self._film = None
 
     def _add_frame(self):
@@ -212,14 +201,12 @@ class GifCallback(keras.callbacks.Callback):
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """Show epoch, losses and time to go in one notebook output, every ``every_seconds`` at most; ``fit(verbose=0)``.
+    """Show epoch, losses and time to go in one notebook output, twice a second at most; ``fit(verbose=0)``.
 
     Outside a notebook only the final state is shown, as a line of text.
     """
 
-    def __init__(self, every_seconds=0.5):
-        super().__init__()
-        self.every_seconds = check_interval("every_seconds", every_seconds, 0)
+    every_seconds = 0.5
 
     def on_train_begin(self, logs=None):
         self._start = self._latest = time.monotonic()

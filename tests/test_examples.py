@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
+import keras
 import nbformat
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ def run(folder, name, **settings):
     for path in [*ROOT.glob("*.py"), *EXAMPLES.glob("*.py"), EXAMPLES / f"{name}.ipynb"]:
         shutil.copy(path, folder / path.relative_to(ROOT))
     shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
+    shutil.copytree(EXAMPLES / "example_models", folder / "examples" / "example_models")
     with pytest.MonkeyPatch.context() as environment:
         for setting, value in settings.items():
             environment.setenv(setting, str(value))
@@ -110,6 +112,18 @@ def test_kept_images():
     assert len(frames) > 20
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_kept_generators(name):
+    path = EXAMPLES / "example_models" / f"{name}_generator.keras"
+    assert path.stat().st_size < 3_000_000
+    generator = keras.saving.load_model(path, compile=False)
+    z = np.random.default_rng(0).standard_normal((1000, *generator.input_shape[1:])).astype(np.float32)
+    images = generator(z).numpy()
+    assert images.shape == (1000, 28, 28, 1)
+    assert abs(images).max() < 1.3
+    assert 0.4 < np.sqrt(images.var(axis=0).mean()) < 0.7  # 0.52 and 0.59 for real ones
+
+
 # ---------------------------------------------------------------------------------------------- short runs
 
 
@@ -145,8 +159,13 @@ def test_short_images_with_backup(tmp_path):
     notebook = run(tmp_path, "images", STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
     check_outputs(notebook)
     pictures = tmp_path / "examples" / "pictures"
-    assert {path.name for path in pictures.iterdir()} == {"digits.gif", "digits.png", "digits.keras"}
+    assert {path.name for path in pictures.iterdir()} == {
+        *("digits.gif", "digits.png", "digits.keras", "digits_generator.keras")
+    }
     assert len(mode_counts(notebook, 10)) == 3
+    generator = keras.saving.load_model(pictures / "digits_generator.keras", compile=False)
+    z = np.random.default_rng(0).standard_normal((3, *generator.input_shape[1:])).astype(np.float32)
+    np.testing.assert_allclose(generator(z), EGM.load(pictures / "digits.keras")(z), atol=1e-5)
     assert "accuracy on 360 test images" in texts(notebook, "text/plain")
 
 

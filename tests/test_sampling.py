@@ -168,7 +168,6 @@ def test_annealed_langevin_takes_the_noise_off_at_the_end():
     options = {"n_samples": 60_000, "num_levels": 150, "step_ratio": 0.1, "seed": 3}
     noisy = 1 + 0.5**2
     noisy /= 1 - 0.1 * 0.5**2 / (2 * noisy)
-    assert_gaussian(annealed_langevin(dde, denoise=False, **options), 0.0, noisy, sigmas=6)
     assert_gaussian(annealed_langevin(dde, **options), 0.0, noisy * (1 - 0.5**2 / (2 * 1.25)) ** 2, sigmas=6)
 
 
@@ -377,11 +376,9 @@ def test_log_density_that_is_not_finite_is_an_error():
         ("langevin", {"step_size": math.nan}, "step_size must be a positive finite number, got nan"),
         ("langevin", {"noise_std": 3.0}, r"noise_std must be within \[0.5, 2.0\], .* got 3.0"),
         ("langevin", {"noise_std": [0.5, 0.6]}, "noise_std must be a positive finite number"),
-        ("langevin", {"adjusted": 1}, "adjusted must be True or False, got 1"),
         ("langevin", {"seed": -1}, "seed, unless it is None, must be an integer"),
         ("annealed_langevin", {"num_levels": 1}, "num_levels must be an integer of at least 2, got 1"),
         ("annealed_langevin", {"step_ratio": 0}, "step_ratio must be a positive finite number, got 0"),
-        ("annealed_langevin", {"denoise": None}, "denoise must be True or False, got None"),
         ("log_partition", {"n_samples": True}, "n_samples must be an integer of at least 1, got True"),
         ("log_partition", {"noise_std": 0.1}, "noise_std must be within"),
         ("log_partition", {"num_steps": -5}, "num_steps must be an integer of at least 1, got -5"),
