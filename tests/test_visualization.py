@@ -317,6 +317,7 @@ def shown(monkeypatch):
 
     notebook = SimpleNamespace(get_ipython=lambda: True, display=SimpleNamespace(display=display))
     monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setattr(visualization.ProgressBar, "every_seconds", 0)
     return shown
 
 
