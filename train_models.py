@@ -85,18 +85,21 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
 
 
 def save_without_optimizers(model, path):
-    """Save a model without the state of its optimizers, most of the file, so that Keras 3.8 and newer load it."""
+    """Save a model without the state of its optimizers, most of the file, for Keras 3.8 and newer."""
     config = model.get_config()
-    for part in config.values():
-        if isinstance(part, dict):  # a DDE that was compiled would come back with an optimizer
-            part.pop("compile_config", None)
+    for part in model.parts:  # a DDE that was compiled would come back with an optimizer
+        config[part].pop("compile_config", None)
     copy = type(model).from_config(config)
     copy.set_weights(model.get_weights())
+    save_portably(copy, path)
+
+
+def save_portably(model, path):
+    """Save any ``keras.Model`` without settings that Keras 3.8 refuses because it does not know them."""
     with replacing(path) as temporary:
-        copy.save(temporary)
+        model.save(temporary)
         with zipfile.ZipFile(temporary) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
-        # Keras 3.8 refuses settings that it does not know, though they are None.
         newer = rb'"(quantization_config|input_axes|output_axes)": null'
         files["config.json"] = re.sub(rb", " + newer + rb"|(?<={)" + newer + rb", ", b"", files["config.json"])
         with zipfile.ZipFile(temporary, "w") as archive:

@@ -18,8 +18,7 @@ from scipy.special import logsumexp, rel_entr
 
 from egm_dde.checks import check_integer, check_interval, check_points, check_positive
 
-# The probability outside the square is 1 minus that of the bins, so rounding hides anything below about this.
-SMALLEST_OUTSIDE_PROBABILITY = 1e-12
+SMALLEST_OUTSIDE_PROBABILITY = 1e-12  # 1 minus the probability of the bins; rounding hides what is below
 SMALLEST_NUM_PAIRS = 10  # of samples: the sliced Wasserstein distance of a single pair scatters by 30 %
 
 

@@ -8,8 +8,6 @@ import numpy as np
 
 from egm_dde import checks
 
-WINDOW_WIDTHS = (128, 64)  # of the dense layers that look at a part of an image
-
 _register = keras.saving.register_keras_serializable("egm_dde")
 
 
@@ -269,7 +267,7 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
     windows = Windows()(keras.ops.reshape(scaled, (-1, *event_shape)))
     hidden = keras.layers.Concatenate()([windows, keras.layers.RepeatVector(windows.shape[1])(log_noise_std)])
     found = []
-    for width in WINDOW_WIDTHS:
+    for width in (128, 64):
         hidden = _stack_dense_layers(hidden, (width,), activation, initializers)
         found.append(keras.ops.sum(hidden, axis=1))
     hidden = keras.layers.Flatten()(hidden)
@@ -286,9 +284,9 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
 def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0):  # noqa: D417
     """Build the generator of images: the Gaussian of the widest directions of the data, corrected by dense layers.
 
-    From random weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes
-    on the way. All of it is trained, the Gaussian's linear map too. Pixels that are darker or brighter than any of
-    ``images`` come back nineteen twentieths of the way: a hard bound would have no gradient that leads back.
+    From random weights, it would start narrow, grow in leaps that its density estimator cannot follow, and lose modes.
+    All of it is trained. Pixels that are darker or brighter than any of ``images`` come back nineteen twentieths of the
+    way: a hard bound would have no gradient that leads back.
 
     Args:
         images, widths, seed: as in ``build_image_energy_net``; the layers have ReLU.
@@ -310,7 +308,8 @@ def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0)
     small = keras.initializers.VarianceScaling(0.01, seed=seed)
     correction = keras.layers.Dense(len(mean), kernel_initializer=small, dtype=exact)(hidden)
     pixels = keras.layers.Add(dtype=exact)([start, correction])
-    pixels = 0.05 * pixels + 0.95 * keras.ops.clip(pixels, float(np.min(images)), float(np.max(images)))
+    low, high = float(np.min(images)), float(np.max(images))
+    pixels = 0.05 * pixels + 0.95 * (keras.layers.ReLU(high - low, dtype=exact)(pixels - low) + low)
     return keras.Model(z, keras.layers.Reshape(np.shape(images)[1:], dtype=exact)(pixels), name="image_generator")
 
 
@@ -326,11 +325,10 @@ def _principal_components(images):
 def _pixel_statistics(images):
     """Shares (3, height, width, channels) of black, white and grey in each pixel, their means and variances (3,)."""
     images = np.asarray(images[:20_000], dtype=float)
-    low, high = images.min(), images.max()
-    margin = 0.05 * (high - low)
-    is_low, is_high = images < low + margin, images > high - margin
-    shares = np.stack([np.mean(part, axis=0) for part in (is_low, is_high, ~(is_low | is_high))])
-    means, stds = np.array([low, high, (low + high) / 2]), (high - low) * np.array([0.02, 0.02, 12**-0.5])
+    low, width = images.min(), np.ptp(images)
+    places = (images - low) / width  # from 0 to 1
+    shares = np.stack([np.mean(part, axis=0) for part in (places < 0.05, places > 0.95, abs(places - 0.5) <= 0.45)])
+    means, stds = low + width * np.array([0, 1, 0.5]), width * np.array([0.02, 0.02, 12**-0.5])
     return (shares + 1e-3) / 1.003, means, stds**2  # a share of zero has no logarithm
 
 

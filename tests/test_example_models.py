@@ -22,3 +22,15 @@ def test_a_ready_made_model_loads_and_samples(dataset):
     real, fake = (np.asarray(dde.log_density(x, noise_std=0.1)) for dde in (egm.dde_real, egm.dde_fake))
     assert np.std(real - fake) < 0.5  # where the data are; each has a constant of its own
     assert isinstance(keras.saving.load_model(FOLDER / f"{dataset}.keras"), EGM)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_a_ready_made_generator_of_images_loads_and_samples(name):
+    path = FOLDER.parent / "examples" / "example_models" / f"{name}_generator.keras"
+    assert path.stat().st_size < 3_000_000
+    generator = keras.saving.load_model(path, compile=False)
+    z = np.random.default_rng(0).standard_normal((1000, *generator.input_shape[1:])).astype(np.float32)
+    images = generator(z).numpy()
+    assert images.shape == (1000, 28, 28, 1)
+    assert np.quantile(abs(images), 0.999) < 1.3  # the limits, -1 and 1, are soft
+    assert 0.4 < np.sqrt(images.var(axis=0).mean()) < 0.7  # 0.52 and 0.59 for real ones
