@@ -159,7 +159,7 @@ def sample_metrics(samples, exact_density, sample_real, noise_std, rng=None, lim
         return np.abs(shares - probabilities).sum() / 2, rel_entr(shares, probabilities).sum()
 
     values = compare(samples)
-    floors = compare(_draw("sample_real", sample_real, len(samples), rng))
+    floors = compare(_draw(sample_real, len(samples), rng))
     return SampleMetrics(*(Measured(*map(float, pair)) for pair in zip(values, floors, strict=True)))
 
 
@@ -205,7 +205,7 @@ def sliced_wasserstein_to_data(samples, sample_real, rng=None, block_size=50_000
     rng = np.random.default_rng(rng)
     pairs = []
     for start in range(0, len(samples) - block_size + 1, block_size):
-        real, other_real = (_draw("sample_real", sample_real, block_size, rng) for _ in range(2))
+        real, other_real = (_draw(sample_real, block_size, rng) for _ in range(2))
         block = samples[start : start + block_size]
         pairs.append([sliced_wasserstein(each, real) for each in (block, other_real)])
     values, floors = np.transpose(pairs)
@@ -270,9 +270,9 @@ def _check_samples(name, samples):
     return check_points(name, samples, (2,), "float32")
 
 
-def _draw(name, sampler, n_samples, *arguments):
-    """Return the samples (n_samples, 2) that a callable draws."""
-    samples = _check_samples(f"the values of {name}", sampler(n_samples, *arguments))
+def _draw(sample_real, n_samples, rng):
+    """Return the real samples (n_samples, 2) that a callable draws."""
+    samples = _check_samples("the values of sample_real", sample_real(n_samples, rng))
     if len(samples) != n_samples:
-        raise ValueError(f"{name} must return {n_samples} samples, got {len(samples)}")
+        raise ValueError(f"sample_real must return {n_samples} samples, got {len(samples)}")
     return samples

@@ -111,10 +111,10 @@ class CorrelatedGaussian(_ExactLayer):
         self.add_constants(mean=(dim,), components=(dim, dim), variances=(dim,))
 
     def call(self, x, log_noise_std):
-        centred = keras.ops.reshape(x, (-1, self.mean.shape[0])) - self.mean
+        flat = keras.ops.reshape(x, (-1, self.mean.shape[0]))
+        coordinates = keras.ops.matmul(flat - self.mean, self.components)
         variances = self.variances + keras.ops.exp(2.0 * log_noise_std)  # (batch, d)
-        log_densities = _log_normal(keras.ops.matmul(centred, self.components), 0.0, variances)
-        return keras.ops.sum(log_densities, axis=-1, keepdims=True)
+        return keras.ops.sum(_log_normal(coordinates, 0.0, variances), axis=-1, keepdims=True)
 
 
 @_register
@@ -244,19 +244,17 @@ def build_generator(  # noqa: D417
 
 
 def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0):  # noqa: D417
-    """Build the network of a DDE of images and a range of noise levels.
+    """Build the network of a DDE of images: from [images, log(noise_std) (batch, 1)] to (batch, 1), a ``keras.Model``.
 
     Two dense layers look at each window of 8 x 8 pixels, every 4 pixels; those of ``widths`` look at what they found in
     all windows. With the second derivatives of training, a CPU does this faster than convolutions. What is left to
-    learn is what a Gaussian of the images and a mixture for each pixel do not know.
+    learn is what a Gaussian of the images and a mixture for each pixel do not know. The output is the log density of
+    noisy images up to a constant, at each level of a range.
 
     Args:
         images: images to train on (n, height, width, channels), for mean, covariance and shares of black and white,
             which are the smallest and the largest number in them; 20,000 images are used at most.
         widths, activation, seed: as in ``build_energy_net``.
-
-    Returns:
-        A Functional ``keras.Model`` from [(batch, height, width, channels), log(noise_std) (batch, 1)] to (batch, 1).
     """
     statistics, event_shape = _principal_components(images), np.shape(images)[1:]
     checks.check_sizes_and_scales({}, widths, {})

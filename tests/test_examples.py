@@ -147,9 +147,8 @@ def test_short_images_with_backup(tmp_path):
     notebook = run(tmp_path, "images", STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
     check_outputs(notebook)
     pictures = tmp_path / "examples" / "pictures"
-    assert {path.name for path in pictures.iterdir()} == {
-        *("digits.gif", "digits.png", "digits.keras", "digits_generator.keras")
-    }
+    written = {path.name for path in pictures.iterdir()}
+    assert written == {"digits.gif", "digits.png", "digits.keras", "digits_generator.keras"}
     assert len(mode_counts(notebook, 10)) == 3
     generator = keras.saving.load_model(pictures / "digits_generator.keras", compile=False)
     z = np.random.default_rng(0).standard_normal((3, *generator.input_shape[1:])).astype(np.float32)
