@@ -68,6 +68,7 @@ VARIANTS = {
     "the recipe": ([], {}),
     "targets not averaged": ([(energy_models, "average_over_sources", plain_targets)], {}),
     "one noise level, 0.1": ([], {"noise_std": 0.1}),
+    "levels from 0.1 on": ([], {"noise_std": (0.1, 1.5)}),
     "no dual term": ([], {"dual_weight": 0.0}),
     "independent latents": ([(generation, "spread_latents", plain_latents)], {}),
     "no moving average": ([], {"average_decay": 0.0}),
@@ -87,7 +88,7 @@ def train(
     """Train the recipe with some settings changed; return the model."""
 
     def build_dde(seed):
-        is_range = noise_std == train_models.NOISE_RANGE
+        is_range = isinstance(noise_std, tuple)
         return DDE(build_energy_net(2, is_range, num_features=num_features, seed=seed), noise_std, dual_weight, seed)
 
     generator = options.pop("build_generator", build_generator)(seed=seed)

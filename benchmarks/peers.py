@@ -249,7 +249,8 @@ def train_ours(dataset, seed, arguments):
     start = process_time()
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
-    return {"": (1, partial(model.sample, seed=seed))}, model.dde_real.log_density, numbers
+    log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
+    return {"": (1, partial(model.sample, seed=seed))}, log_density, numbers
 
 
 def run(method, dataset, seed, arguments):

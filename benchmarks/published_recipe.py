@@ -145,7 +145,7 @@ def measure(model, arguments, seed):
     distances = evaluation.sample_metrics(samples, exact_density, sample_real, NOISE_STD, seed)
     log_densities = [lambda x: model.net_real(x)[:, 0], lambda x: tf.reduce_sum(model.net_real(x), axis=-1)]
     if not isinstance(model, PublishedEGM):
-        log_densities = [model.dde_real.log_density]  # one output
+        log_densities = [partial(model.dde_real.log_density, noise_std=NOISE_STD)]  # one output
     density_tvs = [evaluation.density_metrics(f, exact_density).total_variation for f in log_densities]
     names = ("sample_tv", "sample_tv_floor", "sample_kl", "sample_kl_floor", "density_tv", "density_sum_tv")
     return dict(zip(names, (*sum(distances, ()), density_tvs[0], density_tvs[-1]), strict=True))

@@ -173,7 +173,7 @@ def build_energy_net(
     widths=(128, 128),
     activation="tanh",
     num_features=None,
-    feature_scale=2.0,
+    feature_scale=3.0,
     data_std=2.0,
     seed=0,
 ):
@@ -212,7 +212,7 @@ def build_energy_net(
 
 
 def build_generator(  # noqa: D417
-    latent_dim=2, dim=2, widths=(128, 128), activation="relu", num_features=64, feature_scale=2.0, data_std=2.0, seed=0
+    latent_dim=2, dim=2, widths=(128, 128), activation="relu", num_features=64, feature_scale=3.0, data_std=2.0, seed=0
 ):
     """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
 

@@ -558,7 +558,8 @@ def test_bad_distances_are_refused():
 
 
 def row_of(dataset, sampler=None, model_noise=0.1, n_samples=100_000):
-    dde = SimpleNamespace(log_density=exact_log_density(dataset, model_noise), noise_range=(0.1, 1.5))
+    log_density = exact_log_density(dataset, model_noise)
+    dde = SimpleNamespace(log_density=lambda points, noise_std: log_density(points))
     sampler = sampler or (lambda n: sample_2d_data(dataset, n, rng=1))
     model = SimpleNamespace(dde_real=dde, sample=lambda n, seed: sampler(n))
     return train_models.measure(dataset, model, 2, n_samples)

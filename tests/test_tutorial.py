@@ -86,7 +86,7 @@ def test_kept_notebook_is_one_clean_run(kept):
 
 def test_kept_gifs():
     for name in FILMS:
-        check_gif(ROOT / "example_images" / name, 15 if name == "levels.gif" else 35)
+        check_gif(ROOT / "example_images" / name, 12 if name == "levels.gif" else 35)
 
 
 def test_kept_notebook_shows_its_films_as_a_page(kept):
