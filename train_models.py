@@ -25,7 +25,7 @@ from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
 NOISE_STD = 0.1  # at which models are compared with the truth
 NOISE_RANGE = (0.05, 1.5)  # from below NOISE_STD: the generator does not feel lumps that the lowest level blurs
-EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2}
+EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2, "level_power": 0.5}
 BATCH_SIZE, NUM_BATCHES = 512, 2000
 STEPS_PER_EPOCH, EPOCHS = 50, 100
 FOLDER = Path(__file__).parent / "example_models"
