@@ -69,6 +69,7 @@ VARIANTS = {
     "targets not averaged": ([(energy_models, "average_over_sources", plain_targets)], {}),
     "one noise level, 0.1": ([], {"noise_std": 0.1}),
     "levels from 0.1 on": ([], {"noise_std": (0.1, 1.5)}),
+    "levels not weighted": ([], {"level_power": 0}),
     "no dual term": ([], {"dual_weight": 0.0}),
     "independent latents": ([(generation, "spread_latents", plain_latents)], {}),
     "no moving average": ([], {"average_decay": 0.0}),
