@@ -1,6 +1,7 @@
 """Our recipe and peers at equal cost: the same points, the same metric code, the same CPU seconds on one core.
 
 * ``ours``: ``train_models.train_egm``, as long as the budget allows; the building of its graph counts.
+  ``ours-rejected``: the same generator, its points rejected by its two densities.
 * ``spline-flow``: the neural spline flow of the library zuko, by maximum likelihood.
 * ``flow-matching``: the library flow_matching, sampled with 1 to 20 steps of the midpoint rule.
 * ``wgan-gp``: a Wasserstein GAN with gradient penalty.
@@ -250,7 +251,20 @@ def train_ours(dataset, seed, arguments):
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
     log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
-    return {"": (1, partial(model.sample, seed=seed))}, log_density, numbers
+    samplers = {"": (1, partial(model.sample, seed=seed)), "-rejected": (3, partial(sample_by_rejection, model, seed))}
+    return samplers, log_density, numbers
+
+
+def sample_by_rejection(model, seed, n_samples):
+    """Draw points and reject those of which the two DDEs say that there are too many, as the tutorial does."""
+    rng, kept = np.random.default_rng(seed), []
+    while sum(map(len, kept)) < n_samples:
+        points = model.sample(1000 + n_samples // 4, seed=int(rng.integers(2**31)))
+        parts = np.array_split(points, 1 + len(points) // CHUNK_SIZE)
+        log_ratios = [model.dde_real.log_density(part) - model.dde_fake.log_density(part) for part in parts]
+        log_ratio = np.concatenate(log_ratios)[:, 0]
+        kept.append(points[rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))])
+    return np.concatenate(kept)[:n_samples]
 
 
 def run(method, dataset, seed, arguments):
