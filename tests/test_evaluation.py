@@ -557,9 +557,11 @@ def test_bad_distances_are_refused():
 # --- The row of a results table ---
 
 
-def row_of(dataset, sampler=None, model_noise=0.1, n_samples=100_000):
-    log_density = exact_log_density(dataset, model_noise)
-    dde = SimpleNamespace(log_density=lambda points, noise_std: log_density(points))
+def row_of(dataset, sampler=None, excess_blur=1.0, n_samples=100_000):
+    def log_density(points, noise_std):
+        return exact_log_density(dataset, excess_blur * noise_std)(points)
+
+    dde = SimpleNamespace(log_density=log_density)
     sampler = sampler or (lambda n: sample_2d_data(dataset, n, rng=1))
     model = SimpleNamespace(dde_real=dde, sample=lambda n, seed: sampler(n))
     return train_models.measure(dataset, model, 2, n_samples)
@@ -586,7 +588,7 @@ def test_row_of_a_bad_model():
     """One that overestimates the blur and drops a mode."""
     perfect = row_of("8gaussians")
     samples = gaussians_with_shares([1, 1, 0, 1, 1, 1, 1, 1], 100_000, seed=1)
-    row = row_of("8gaussians", lambda n: samples[:n], model_noise=0.2)
+    row = row_of("8gaussians", lambda n: samples[:n], excess_blur=2.0)
     rng = np.random.default_rng(2)
     rng.integers(2**31)  # the seed of the sampler
     binned = sample_metrics(samples, exact("8gaussians", 0.1), real("8gaussians"), 0.1, rng)

@@ -43,7 +43,7 @@ def test_snippet_samples_a_ready_trained_model(monkeypatch):
     names = run_snippet(1)
     assert names["points"].shape == (1000, 2)
     assert names["log_density"].shape == (1000, 1)
-    assert mode_shares(distances_to_modes("rings", names["points"])).min() > 0.15  # of 1000 points: 0.25 +- 0.014
+    assert mode_shares(distances_to_modes("rings", names["points"])).min() > 0.2
 
 
 def test_snippet_trains_saves_and_serves(monkeypatch, tmp_path):
