@@ -8,7 +8,7 @@
 * ``drifting``: a one-step generator that follows a kernel field between real and generated points.
 
 A warm-up finds the steps that fill the budget; learning rates fall to zero along a cosine that ends there. Each run has
-a process of its own, with one thread, and replaces its lines of ``peers.csv``; all are shown.
+a process of its own, with one thread, and replaces its lines of ``peers.csv``; all are shown, ranges in ../README.md.
 
     python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budget 120]
 """
@@ -320,9 +320,30 @@ def write_results(arguments):
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
     seeds = ", ".join(map(str, np.unique(rows["seed"])))
-    text += f"\nMean (smallest to largest) over seeds {seeds}; {arguments.budget:.0f} CPU seconds of training. "
-    text += f"{report.describe_run(['tensorflow', 'torch', 'zuko', 'flow_matching'])}"
+    runs = f"Seeds: {seeds}; {arguments.budget:.0f} CPU seconds of training, {arguments.samples} generated points. "
+    runs += report.describe_run(["tensorflow", "torch", "zuko", "flow_matching"])
+    text += (
+        f"\nMeans (smallest to largest) over the seeds; a million points sampled, evaluations for each of them. {runs}"
+    )
     report.write_section("peers", text, arguments.folder / "README.md")
+    if arguments.folder == report.FOLDER:
+        write_summary(rows, methods, runs)
+
+
+def write_summary(rows, methods, runs):
+    """Write the smallest and the largest numbers of each method, over data sets and seeds, into the first README.md."""
+    names = {"tv": "TV", "kl": "KL (nats)", "sliced_w1_ratio": "W1 / floor", "density_tv": "Density: TV"}
+    names["sampling_seconds"] = "Sampling a million (CPU s)"
+
+    def describe(values):
+        low, high = (np.format_float_positional(f(values), 2, fractional=False) for f in (np.min, np.max))
+        return "" if np.isnan(values).any() else f"{low.rstrip('.')} to {high.rstrip('.')}"
+
+    by_method = {method: rows[rows["method"] == method] for method in methods}
+    table = [(f"`{method}`", *(describe(its[name]) for name in names)) for method, its in by_method.items()]
+    table.append(("real points (floor)", *(describe(rows[f"{name}_floor"]) for name in ("tv", "kl")), "1", "", ""))
+    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over the four data sets. {runs}"
+    report.write_section("peers", text, report.FOLDER.parent / "README.md")
 
 
 def main():
