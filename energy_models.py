@@ -227,12 +227,12 @@ class EGM(GeneratorModel):
         Args:
             dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs; each DDE gets a copy of its own.
                 Its learning rate schedule counts DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
-            gen_optimizer: the generator's. None is ``Adam(2e-3, beta_1=0.5)``.
+            gen_optimizer: the generator's. None is ``Adam(3e-3, beta_1=0.5)``.
             real_optimizer: that of ``dde_real``, if its schedule counts other steps; None is ``dde_optimizer``.
             **options: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
         """
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
-        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(2e-3, beta_1=0.5))
+        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5))
         real_optimizer = keras.optimizers.get(real_optimizer or dde_optimizer)
         super().compile(copy_optimizer(gen_optimizer), **options)
         self.optimizer.build(self.generator.trainable_variables)

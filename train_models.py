@@ -68,7 +68,7 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
     sample_real = partial(sample_2d_data, dataset)
     samples = model.sample(n_samples, seed=int(rng.integers(2**31)))
     log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
-    density_tv, density_kl, _ = evaluation.density_metrics(log_density, exact_density)
+    density_tv, density_kl = evaluation.density_metrics(log_density, exact_density)
     tv, kl = evaluation.sample_metrics(samples, exact_density, sample_real, NOISE_STD, rng)
     sliced = evaluation.sliced_wasserstein_to_data(samples, sample_real, rng)._asdict()
     shares = np.nan if dataset == "2spirals" else evaluation.mode_shares(distances_to_modes(dataset, samples))
@@ -109,10 +109,14 @@ def save_portably(model, path):
                 archive.writestr(name, content)
 
 
+def exact_log_density(dataset, points, noise_std):
+    """The log density (n,) of noisy data, also where it underflows."""
+    return np.log(np.maximum(noisy_density_2d(dataset, points, noise_std), 1e-300))
+
+
 def make_films(dataset, folder, seed=0):
     """Make the callbacks that film the training: both densities on one colour scale, and the samples over the data."""
-    exact = partial(noisy_density_2d, dataset, noise_std=NOISE_RANGE[0])
-    max_density = visualization.grid_density(lambda points: np.log(np.maximum(exact(points), 1e-300))).max()
+    max_density = visualization.grid_density(partial(exact_log_density, dataset, noise_std=NOISE_RANGE[0])).max()
     data = sample_2d_data(dataset, 2000, seed)
 
     def draw_density(ax, model, name):
@@ -129,12 +133,14 @@ def make_films(dataset, folder, seed=0):
 
 
 def draw_gallery(models):
-    """Draw the density and samples of models, a dict by data set, as a Matplotlib figure."""
-    figure = Figure(figsize=(3 * len(models), 6.4), layout="constrained")
-    columns = zip(figure.subplots(2, len(models)).T, models.items(), strict=True)
-    for (ax_density, ax_samples), (dataset, model) in columns:
-        visualization.plot_density(ax_density, model.dde_real.log_density)
-        ax_density.set_title(dataset)
+    """Draw exact density, learned density and samples of models, a dict by data set, as a Matplotlib figure."""
+    figure = Figure(figsize=(3 * len(models), 9.4), layout="constrained")
+    columns = zip(figure.subplots(3, len(models)).T, models.items(), strict=True)
+    for (ax_exact, ax_density, ax_samples), (dataset, model) in columns:
+        truth = visualization.plot_density(ax_exact, partial(exact_log_density, dataset, noise_std=NOISE_STD))
+        ax_exact.set_title(dataset)
+        log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
+        visualization.plot_density(ax_density, log_density, max_density=truth.get_array().max())
         visualization.plot_samples(ax_samples, sample_2d_data(dataset, 3000, 0), model.sample(3000, seed=0))
     return figure
 

@@ -45,7 +45,7 @@ def plain_latents(n_samples, dim, key, dtype=tf.float32):
 def build_wide_generator(seed):
     """A generator whose last layer has the usual initial weights, without the start data_std * z."""
     z = keras.Input((2,))
-    hidden = networks.RandomFourierFeatures(64, 2.0, seed)(z)
+    hidden = networks.RandomFourierFeatures(64, 3.0, seed)(z)
     for offset in (1, 2):
         initializer = keras.initializers.HeNormal(seed + offset)
         hidden = keras.layers.Dense(128, "relu", kernel_initializer=initializer)(hidden)
@@ -84,7 +84,15 @@ VARIANTS = {
 
 
 def train(
-    dataset, seed, steps, noise_std=train_models.NOISE_RANGE, dual_weight=1.0, num_features=None, fake_seed=1, **options
+    dataset,
+    seed,
+    steps,
+    noise_std=train_models.NOISE_RANGE,
+    dual_weight=1.0,
+    num_features=None,
+    fake_seed=1,
+    build_generator=build_generator,
+    **options,
 ):
     """Train the recipe with some settings changed; return the model."""
 
@@ -92,9 +100,8 @@ def train(
         is_range = isinstance(noise_std, tuple)
         return DDE(build_energy_net(2, is_range, num_features=num_features, seed=seed), noise_std, dual_weight, seed)
 
-    generator = options.pop("build_generator", build_generator)(seed=seed)
     options = {**train_models.EGM_OPTIONS, **options}
-    model = EGM(build_dde(seed), build_dde(seed + fake_seed), generator, seed=seed, **options)
+    model = EGM(build_dde(seed), build_dde(seed + fake_seed), build_generator(seed=seed), seed=seed, **options)
     train_models.compile_egm(model, steps)
     model.fit(train_models.make_batches(dataset, seed), steps_per_epoch=steps, verbose=0)
     return model

@@ -1,4 +1,4 @@
-"""The training step of the tutorial's generative model, written the usual way in JAX: pure functions under one jit."""
+"""The training step of an EGM with two steps of each DDE, written the usual way in JAX: pure functions, one jit."""
 
 from functools import partial
 
@@ -93,7 +93,7 @@ def prepare(problem):
         return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps), b1=0.5, eps=1e-7)
 
     dde_optimizer = adam(5e-3, problem.dde_steps * problem.num_steps)
-    gen_optimizer = adam(2e-3, problem.num_steps)
+    gen_optimizer = adam(3e-3, problem.num_steps)
 
     def descend(optimizer, loss, layers, slots):
         updates, slots = optimizer.update(jax.grad(loss)(layers), slots)

@@ -1,4 +1,4 @@
-"""The training step of the tutorial's generative model, written the usual way in PyTorch."""
+"""The training step of an EGM with two steps of each DDE, written the usual way in PyTorch."""
 
 import math
 from functools import partial
@@ -122,7 +122,7 @@ class Trainer:
         for network, learning_rate, steps in (
             (self.net_real, 5e-3, problem.dde_steps * num_steps),
             (self.net_fake, 5e-3, problem.dde_steps * num_steps),
-            (self.generator, 2e-3, num_steps),
+            (self.generator, 3e-3, num_steps),
         ):
             optimizer = torch.optim.Adam(network.parameters(), learning_rate, betas=(0.5, 0.999), eps=1e-7)
             self.optimizers.append((optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)))

@@ -8,7 +8,8 @@
 * ``drifting``: a one-step generator that follows a kernel field between real and generated points.
 
 A warm-up finds the steps that fill the budget; learning rates fall to zero along a cosine that ends there. Each run has
-a process of its own, with one thread, and replaces its lines of ``peers.csv``; all are shown, ranges in ../README.md.
+a process of its own, with one thread, and replaces its lines of ``peers.csv``; all of one budget are shown, and their
+ranges in the project's README.md.
 
     python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budget 120]
 """
@@ -61,7 +62,8 @@ class Descent:
     def step(self, loss):  # of this network alone
         for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
             parameter.grad = gradient
-        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        if self.max_norm < math.inf:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
         self.schedule.step()
 
@@ -259,7 +261,7 @@ def sample_by_rejection(model, seed, n_samples):
     """Draw points and reject those of which the two DDEs say that there are too many, as the tutorial does."""
     rng, kept = np.random.default_rng(seed), []
     while sum(map(len, kept)) < n_samples:
-        points = model.sample(1000 + n_samples // 4, seed=int(rng.integers(2**31)))
+        points = model.sample(1000 + n_samples - sum(map(len, kept)), seed=int(rng.integers(2**31)))
         parts = np.array_split(points, 1 + len(points) // CHUNK_SIZE)
         log_ratios = [model.dde_real.log_density(part) - model.dde_fake.log_density(part) for part in parts]
         log_ratio = np.concatenate(log_ratios)[:, 0]

@@ -8,12 +8,13 @@ them all down. Before any time is taken, all must return the same losses on the 
     python benchmarks/step_time.py
 """
 
-import dataclasses
+import math
 import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -33,25 +34,6 @@ FRAMEWORKS = (
     "PyTorch, torch.compile",
     "JAX, jit",
 )
-
-
-@dataclasses.dataclass
-class Problem:
-    """What is trained: initial weights as arrays, and the settings.
-
-    A network is (frequencies (2, num_features), layers), a layer (kernel,) or (kernel, bias).
-    """
-
-    batches: np.ndarray  # (number of batches, batch, 2)
-    net_real: tuple
-    net_fake: tuple
-    generator: tuple
-    noise_std: tuple
-    data_std: float
-    dde_steps: int
-    latents_per_point: int
-    average_decay: float
-    num_steps: int
 
 
 def build_model():
@@ -117,10 +99,9 @@ def count_flops(batch_size):
     graph = tf.function(model.train_step).get_concrete_function(tf.TensorSpec((batch_size, 2))).graph
     flops = 0
     for operation in graph.get_operations():
-        if operation.type == "MatMul":
-            first, result = operation.inputs[0].shape, operation.outputs[0].shape
-            inner = first[0] if operation.get_attr("transpose_a") else first[1]
-            flops += 2 * result[0] * result[1] * inner
+        if "MatMul" in operation.type:  # of shapes (m, k), (k, n) and (m, n), whatever is transposed
+            shapes = (*(each.shape for each in operation.inputs), operation.outputs[0].shape)
+            flops += 2 * math.isqrt(math.prod(shape.num_elements() for shape in shapes))
     return flops
 
 
@@ -153,7 +134,7 @@ def serve(connection, framework, problem):
 
 
 def as_arrays(network):
-    """Return a Keras network's frequencies and layers as arrays."""
+    """Return a Keras network's frequencies (2, num_features) and layers, each [kernel] or [kernel, bias], as arrays."""
     frequencies, layers = None, []
     for layer in network.layers:
         arrays = layer.get_weights()
@@ -165,11 +146,11 @@ def as_arrays(network):
 
 
 def build_problem():
-    """Build what all frameworks are given."""
+    """Build what all frameworks are given: batches (100, batch, 2), initial weights as arrays, and the settings."""
     from utils import sample_2d_data
 
     model = build_model()
-    return Problem(
+    return SimpleNamespace(
         batches=sample_2d_data("2spirals", 100 * BATCH_SIZE, 0).reshape(100, BATCH_SIZE, 2),
         net_real=as_arrays(model.dde_real.net),
         net_fake=as_arrays(model.dde_fake.net),

@@ -126,7 +126,7 @@ def check_energy_net(net, num_inputs):
             if kind in PIECEWISE_LINEAR:
                 why = "the score of such a network is piecewise constant and learns badly"
                 use = "use a smooth activation such as tanh, silu, gelu or softplus"
-                warnings.warn(f"{kind} of {layer.name} is piecewise linear: {why}; {use}", stacklevel=4)
+                warnings.warn(f"{kind} of {layer.name} is piecewise linear: {why}; {use}", stacklevel=3)
     if net.built and getattr(net, "output_shape", None) is not None:
         check_scalar_output(net.output_shape)
 

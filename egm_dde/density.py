@@ -33,7 +33,7 @@ class DensityModel(Trainable):
 
     def score(self, x, noise_std=None):
         """Gradient (batch, *event) of the log density with respect to x; see ``call``."""
-        return self(self.as_points(x), noise_std=noise_std)[1]
+        return self.call(x, noise_std)[1]
 
     def denoise(self, noisy_x, noise_std=None):
         """Posterior mean (batch, *event) of the clean data, noisy_x + noise_std^2 * score(noisy_x); see ``call``.

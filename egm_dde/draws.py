@@ -25,9 +25,9 @@ def draw_key(seed, purpose, step):
     return key
 
 
-def split(key, num=2):
-    """Split a key into several independent ones."""
-    return tf.unstack(tf.random.split(key, num, alg="philox"))
+def split(key):
+    """Split a key into two independent ones."""
+    return tf.unstack(tf.random.split(key, 2, alg="philox"))
 
 
 def normal(shape, key, dtype=tf.float32):

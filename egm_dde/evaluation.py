@@ -30,11 +30,10 @@ class Measured(NamedTuple):
 
 
 class DensityMetrics(NamedTuple):
-    """Total variation in [0, 1], KL(p~ || q~) in nats, and the number of cells of the grid they were computed on."""
+    """Total variation in [0, 1], and KL(p~ || q~) in nats."""
 
     total_variation: float
     kl_divergence: float
-    num_cells: int
 
 
 class SampleMetrics(NamedTuple):
@@ -58,26 +57,25 @@ class SlicedWasserstein(NamedTuple):
 # ---------------------------------------------------------------------------------------------- densities
 
 
-def density_metrics(log_density, exact_density, limit=4.5, cell_width=0.1):
+def density_metrics(log_density, exact_density, limit=4.5, num_cells=90):
     """Compare a density that is known up to a constant with the exact one.
 
     Total variation is ``1/2 integral |p~ - q~|``, the KL divergence ``KL(p~ || q~) = integral p~ log(p~ / q~)``. Both
     densities are normalised on the square [-limit, limit]^2, which has to hold 99 % of the exact mass. It has
-    (2 limit / cell_width)^2 cells, 8,100 at the defaults, with 2 x 2 Gauss-Legendre points each; on the toy data with
-    noise 0.1 the quadrature is off by less than 1e-4 in both numbers.
+    num_cells^2 cells with 2 x 2 Gauss-Legendre points each; at the defaults, on the toy data with noise 0.1, the
+    quadrature is off by less than 1e-4 in both numbers.
 
     Args:
         log_density: callable, float32 points (n, 2) -> log density (n,) or (n, 1), up to a constant, or minus infinity.
         exact_density: callable, points (n, 2) -> exact density (n,), probability per unit area.
         limit: half the side of the square, in data units.
-        cell_width: side of a cell, in data units; a whole number of cells fills the square.
+        num_cells: number of cells along a side.
 
     Returns:
-        ``DensityMetrics(total_variation, kl_divergence, num_cells)``.
+        ``DensityMetrics(total_variation, kl_divergence)``.
     """
-    num_cells = _count_intervals(limit, "cell_width", cell_width)
-    points, exact = _exact_probabilities(exact_density, limit, num_cells)
-    mass = _check_mass(exact.sum(), limit, cell_width)
+    points, exact = _exact_probabilities(exact_density, limit, check_integer("num_cells", num_cells))
+    mass = _check_mass(exact.sum(), limit, num_cells)
     log_model = np.asarray(log_density(points), dtype=np.float64)
     if log_model.shape not in {(len(points),), (len(points), 1)}:
         raise ValueError(f"log_density must return shape ({len(points)}, 1), got {log_model.shape}")
@@ -89,28 +87,29 @@ def density_metrics(log_density, exact_density, limit=4.5, cell_width=0.1):
     support = exact > 0
     # In logarithms: a model density that underflows must not make the divergence infinite.
     kl_divergence = (exact[support] * (np.log(exact[support]) - log_model[support])).sum()
-    return DensityMetrics(float(np.abs(exact - np.exp(log_model)).sum() / 2), float(kl_divergence), num_cells**2)
+    return DensityMetrics(float(np.abs(exact - np.exp(log_model)).sum() / 2), float(kl_divergence))
 
 
-def fisher_information(exact_density, limit=5.0, cell_width=0.05):
+def fisher_information(exact_density, limit=8.0, num_cells=320):
     """Compute the Fisher information J = E ||grad log p~||^2 = 4 integral ||grad sqrt(p~)||^2 of a density.
 
     The gradient is taken by Fourier transform on a grid, which is exact to rounding for a density that is smooth on the
-    scale of ``cell_width`` and practically zero at the border of the square. Arguments are as in ``density_metrics``.
+    scale of a cell and zero at the border of the square, which has to hold 99.99 % of the mass. Arguments are as in
+    ``density_metrics``.
 
     Returns:
         J, in 1 / (squared data units).
     """
-    num_cells = _count_intervals(limit, "cell_width", cell_width)
+    cell_width = 2 * check_positive("limit", limit) / check_integer("num_cells", num_cells)
     density = _evaluate_on_grid(exact_density, cell_width * (np.arange(num_cells) + 0.5) - limit)
-    _check_mass(density.sum() * cell_width**2, limit, cell_width)
+    _check_mass(density.sum() * cell_width**2, limit, num_cells, largest_miss=1e-4)
     wave_numbers = 2 * np.pi * np.fft.fftfreq(num_cells, cell_width)
     # The mean square of a derivative is that of its Fourier transform.
     power = np.abs(np.fft.fft2(np.sqrt(density))) ** 2 / num_cells**2
     return float(4 * np.sum(power * (wave_numbers[:, None] ** 2 + wave_numbers**2)) * cell_width**2)
 
 
-def minimum_denoising_loss(exact_density, noise_std, limit=5.0, cell_width=0.05):
+def minimum_denoising_loss(exact_density, noise_std, limit=8.0, num_cells=320):
     """Compute the least denoising loss that any density estimator in the plane has: 1 - noise_std^2 J / 2.
 
     The loss is E ||s grad f(x + s n) + n||^2 / d with s = noise_std and d = 2 (arXiv:2001.02728, Eq. 5, times s^2 / d).
@@ -118,13 +117,13 @@ def minimum_denoising_loss(exact_density, noise_std, limit=5.0, cell_width=0.05)
     it, times d / s^2, is its Fisher divergence from p~. Other arguments are as in ``fisher_information``.
     """
     noise_std = check_positive("noise_std", noise_std)
-    return 1 - noise_std**2 * fisher_information(exact_density, limit, cell_width) / 2
+    return 1 - noise_std**2 * fisher_information(exact_density, limit, num_cells) / 2
 
 
 # ---------------------------------------------------------------------------------------------- samples
 
 
-def sample_metrics(samples, exact_density, sample_real, noise_std, rng=None, limit=4.5, bin_width=0.1):
+def sample_metrics(samples, exact_density, sample_real, noise_std, rng=None, limit=4.5, num_bins=90):
     """Compare generated samples, noise added and binned, with the exact density.
 
     The noisy samples are counted in square bins on [-limit, limit]^2; everything outside is one more bin. With the
@@ -138,7 +137,7 @@ def sample_metrics(samples, exact_density, sample_real, noise_std, rng=None, lim
         noise_std: standard deviation of the noise, in data units, at least 0.
         rng: a ``numpy.random.Generator``, an integer seed, or None; for the noise and the real samples.
         limit: half the side of the square, in data units.
-        bin_width: side of a bin, in data units; a whole number of bins fills the square.
+        num_bins: number of bins along a side.
 
     Returns:
         ``SampleMetrics(total_variation, kl_divergence)``, each a ``Measured(value, floor)``.
@@ -146,7 +145,7 @@ def sample_metrics(samples, exact_density, sample_real, noise_std, rng=None, lim
     samples = _check_samples("samples", samples)
     noise_std = check_interval("noise_std", noise_std, 0)
     rng = np.random.default_rng(rng)
-    num_bins = _count_intervals(limit, "bin_width", bin_width)
+    bin_width = 2 * check_positive("limit", limit) / check_integer("num_bins", num_bins)
     cells_per_bin = int(np.ceil(bin_width / 0.1 - 1e-6))
     _, exact = _exact_probabilities(exact_density, limit, num_bins * cells_per_bin)
     exact = exact.reshape(num_bins, 2 * cells_per_bin, num_bins, 2 * cells_per_bin).sum(axis=(1, 3))
@@ -226,7 +225,7 @@ def mode_shares(distances):
 
 def _exact_probabilities(exact_density, limit, num_cells):
     """Quadrature points (4 num_cells^2, 2), float32, and their exact probabilities (4 num_cells^2,); x runs slowest."""
-    cell_width = 2 * limit / num_cells
+    cell_width = 2 * check_positive("limit", limit) / num_cells
     centres = cell_width * (np.arange(num_cells) + 0.5) - limit
     axis = np.ravel(centres[:, None] + cell_width / np.sqrt(12) * np.array([-1, 1]))  # Gauss-Legendre, equal weights
     probabilities = _evaluate_on_grid(exact_density, axis).ravel() * (cell_width / 2) ** 2
@@ -248,22 +247,13 @@ def _evaluate_on_grid(exact_density, axis):
     return density.reshape(len(axis), len(axis))
 
 
-def _check_mass(mass, limit, cell_width):
-    if not 0.99 <= mass <= 1.01:
+def _check_mass(mass, limit, num_cells, largest_miss=0.01):
+    if not abs(mass - 1) <= largest_miss:
         raise ValueError(
-            f"limit={limit!r} and cell_width={cell_width!r} give the exact density a mass of {mass:.4f}; allowed is "
-            "0.99 to 1.01: take a larger limit or a smaller cell_width"
+            f"limit={limit!r} and num_cells={num_cells!r} give the exact density a mass of {mass:.6f}; allowed is "
+            f"1 +- {largest_miss}: take a larger limit or more cells"
         )
     return mass
-
-
-def _count_intervals(limit, name, width):
-    """Return how many intervals of a width fill [-limit, limit]."""
-    side = 2 * check_positive("limit", limit)
-    count = round(side / check_positive(name, width))
-    if count < 1 or not np.isclose(count * width, side):
-        raise ValueError(f"{name} must cut the side {side!r} into equal parts, got {width!r}")
-    return count
 
 
 def _check_samples(name, samples):

@@ -143,7 +143,7 @@ class PixelMixture(_NoisyGaussianLayer):
 class Windows(_ExactLayer):
     """Cut images (batch, height, width, channels) into overlapping windows (batch, number of windows, pixels).
 
-    They are squares of 8 pixels, 4 apart; half of the outermost ones lies beyond the image.
+    They are squares of 8 pixels, 4 apart; a quarter of the outermost ones lies beyond the image.
     """
 
     def call(self, x):

@@ -15,6 +15,7 @@ import tensorflow as tf
 from scipy.special import logsumexp
 
 from egm_dde import checks, draws
+from egm_dde.density import per_event
 
 POINTS_PER_CHUNK = 2**14  # for the network: it bounds the memory, and keeps the hidden units in the cache
 STEPS_AT_THE_TOP = 10  # of annealed_langevin, whose points start far from the noisy density of the highest level
@@ -142,10 +143,7 @@ def move(evaluate, state, step_size, key, adjusted=False, power=1.0):
     noise_back = (x - new_x - step_size * new_score) / math.sqrt(2 * step_size)  # of the step from new_x to x
     log_ratio = new_log_density - log_density + (squared_norm(noise) - squared_norm(noise_back)) / 2  # (n, 1)
     is_accepted = tf.math.log(draws.uniform(tf.shape(log_ratio), acceptance_key, x.dtype)) < log_ratio  # not for NaN
-    state = tuple(
-        tf.where(tf.reshape(is_accepted, (-1,) + (1,) * (old.shape.rank - 1)), new, old)
-        for new, old in zip(new_state, state, strict=True)
-    )
+    state = tuple(tf.where(per_event(is_accepted, old), new, old) for new, old in zip(new_state, state, strict=True))
     return state, float(tf.reduce_mean(tf.cast(is_accepted, x.dtype)))
 
 

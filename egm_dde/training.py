@@ -181,9 +181,6 @@ class Trainable(keras.Model):
             raise ValueError(f"a batch of x must be one tensor of points, got {spec}")
         if not (spec.dtype.is_floating or spec.dtype.is_integer):
             raise ValueError(f"x must be real numbers (floats or integers), got {spec.dtype.name}")
-        if self.event_shape is not None and not spec.shape[1:].is_compatible_with(self.event_shape):
-            expected = checks.format_shape(("batch", *self.event_shape))
-            raise ValueError(f"batches of x must have shape {expected}, got {tuple(spec.shape)}")
 
     @contextlib.contextmanager
     def naming_the_step(self):

@@ -20,7 +20,7 @@ def test_a_key_is_a_function_of_seed_purpose_and_step():
 
 
 def test_draws_are_functions_of_their_key_with_the_distribution_of_their_name():
-    keys = [KEY, OTHER_KEY, *draws.split(KEY, 3)]
+    keys = [KEY, OTHER_KEY, *draws.split(KEY)]
     for draw, distribution in ((draws.normal, stats.norm), (draws.uniform, stats.uniform)):
         columns = np.stack([draw((4000,), key) for key in keys])
         np.testing.assert_array_equal(columns, np.stack([draw((4000,), key) for key in keys]))

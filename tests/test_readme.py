@@ -1,7 +1,6 @@
 """The README's snippet runs as printed and does what it says."""
 
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +65,3 @@ def test_modules_named_exist():
     named = set(re.findall(r"`(\w+\.(?:py|ipynb|txt))`", README))
     assert {"energy_models.py", "utils.py", "evaluation.py", "visualization.py"} <= named
     assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "egm_dde" / name).exists()]
-
-
-def test_python_is_supported():
-    assert sys.version_info >= (3, 11)

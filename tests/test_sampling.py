@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import keras
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 from scipy.special import logsumexp
+from small_models import double_precision
 
 from egm_dde import sampling
 from egm_dde.evaluation import mode_shares
@@ -68,16 +68,6 @@ def rotation(dim, seed=0):
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-@pytest.fixture
-def float64():
-    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(floatx)
-    keras.config.set_dtype_policy(policy)
 
 
 def assert_gaussian(x, mean, variance, sigmas=4.5):
@@ -317,7 +307,8 @@ def test_equal_seeds_give_equal_results_and_others_do_not():
         assert not np.array_equal(first, other) and not np.array_equal(first, unseeded), name
 
 
-def test_float64_policy(float64):
+@double_precision()
+def test_float64_policy():
     dde = exact_dde((0.5, 2.0), [np.zeros(2)], np.eye(2))
     for name, call in calls(dde, seed=0).items():
         result = call()
@@ -403,10 +394,3 @@ def test_bad_data_and_models():
         annealed_langevin(dde, 0)
     with pytest.raises(ValueError, match="dde must be a DDE"):
         annealed_langevin(None, 5)
-
-
-def test_no_warnings_in_many_models():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for seed in range(3):
-            langevin(DDE(build_energy_net(widths=(8,), seed=seed), 0.5, seed=0), normal(5, 2), 2)
