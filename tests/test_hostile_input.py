@@ -210,8 +210,10 @@ def net_with(*layers):
     ids=lambda layer: layer.name,
 )
 def test_piecewise_linear_energy_nets_are_warned_of(layer):
-    with pytest.warns(UserWarning, match="piecewise linear: the score .* use a smooth activation such as tanh"):
+    message = "piecewise linear: the score .* use a smooth activation such as tanh"
+    with pytest.warns(UserWarning, match=message) as warned:
         DDE(net_with(layer), 0.1)
+    assert warned[0].filename == __file__  # of the line that made the DDE
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu", "gelu", "softplus", "elu", "sigmoid", "exponential", None])
