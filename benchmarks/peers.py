@@ -7,11 +7,11 @@
 * ``wgan-gp``: a Wasserstein GAN with gradient penalty.
 * ``drifting``: a one-step generator that follows a kernel field between real and generated points.
 
-A warm-up finds the steps that fill the budget; learning rates fall to zero along a cosine that ends there. Each run has
-a process of its own, with one thread, and replaces its lines of ``peers.csv``; all of one budget are shown, and their
-ranges in the project's README.md.
+A warm-up finds the steps that fill a budget; learning rates fall to zero along a cosine that ends there. Each run has
+a process of its own, with one thread, and replaces its lines of ``peers.csv``. The picture shows all of them, the
+tables those of the largest budget, the project's README.md the ranges of these.
 
-    python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budget 120]
+    python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budgets 30 60 120]
 """
 
 import argparse
@@ -36,6 +36,7 @@ import zuko
 from flow_matching.path import CondOTProbPath
 from flow_matching.solver import ODESolver
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import nn
 
@@ -197,7 +198,7 @@ def build_mlp(num_inputs, widths, activation, num_outputs=2):
     return nn.Sequential(*itertools.chain(*layers), nn.Linear(widths[-1], num_outputs))
 
 
-def train_peer(method, dataset, seed, arguments):
+def train_peer(method, dataset, seed, budget, arguments):
     """Train within the budget; return the samplers, a log density of the noisy data or None, and numbers of the row."""
     points = torch.from_numpy(sample_2d_data(dataset, NUM_POINTS, seed))
 
@@ -212,8 +213,8 @@ def train_peer(method, dataset, seed, arguments):
         return peer, step, process_time() - start
 
     torch.set_num_threads(1)
-    _, steps, seconds = train(10**9, arguments.budget / 20)
-    peer, steps, seconds = train(max(2, round(arguments.budget * steps / seconds)))
+    _, steps, seconds = train(10**9, budget / 20)
+    peer, steps, seconds = train(max(2, round(budget * steps / seconds)))
     numbers = {"training_seconds": seconds, "steps": steps}
     samplers = {name: (n, partial(generate, sample)) for name, (n, sample) in peer.get_samplers().items()}
     return samplers, peer.log_density and add_noise(peer.log_density), numbers
@@ -235,7 +236,7 @@ def add_noise(log_density):
     return lambda x: np.log(np.maximum(map_coordinates(density, (x.T - axis[0]) / GRID_CELL), 1e-12))
 
 
-def train_ours(dataset, seed, arguments):
+def train_ours(dataset, seed, budget, arguments):
     """Train our recipe within the budget; see ``train_peer``."""
     import keras  # here, so that the processes of the peers are theirs alone
     import tensorflow as tf
@@ -248,7 +249,7 @@ def train_ours(dataset, seed, arguments):
     clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(process_time()))
     start = process_time()
     train_models.train_egm(dataset, seed, epochs=6, callbacks=[clock])
-    later_epochs = round((arguments.budget - (ends[0] - start)) / ((ends[5] - ends[0]) / 5))  # the first builds, too
+    later_epochs = round((budget - (ends[0] - start)) / ((ends[5] - ends[0]) / 5))  # the first builds, too
     start = process_time()
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
@@ -269,14 +270,14 @@ def sample_by_rejection(model, seed, n_samples):
     return np.concatenate(kept)[:n_samples]
 
 
-def run(method, dataset, seed, arguments):
+def run(method, dataset, seed, budget, arguments):
     """Train and measure once; write a row for each sampler to the csv file."""
     train = train_ours if method == "ours" else partial(train_peer, method)
-    samplers, log_density, numbers = train(dataset, seed, arguments)
+    samplers, log_density, numbers = train(dataset, seed, budget, arguments)
     exact_density = partial(noisy_density_2d, dataset, noise_std=NOISE_STD)
     sample_real = partial(sample_2d_data, dataset)
     density = evaluation.density_metrics(log_density, exact_density) if log_density else (math.nan, math.nan)
-    key = {"run": method, "dataset": dataset, "seed": seed, "budget": arguments.budget}
+    key = {"run": method, "dataset": dataset, "seed": seed, "budget": budget}
     rows = []
     for name, (evaluations, sample) in samplers.items():
         sample(1000)  # the first call is slower
@@ -294,26 +295,28 @@ def run(method, dataset, seed, arguments):
 
 
 def plot(rows, methods, path):
-    """Draw what the total variation of each run has beyond its floor; the two add as lengths at right angles do."""
-    ax = Figure(figsize=(9, 4), layout="constrained").subplots()
-    for index, dataset in enumerate(DATASETS):
-        its_rows = rows[rows["dataset"] == dataset]
-        excess = np.sqrt(np.maximum(its_rows["tv"] ** 2 - its_rows["tv_floor"] ** 2, 1e-6))
-        x = [methods.index(method) + 0.15 * (index - 1.5) for method in its_rows["method"]]
-        ax.semilogy(x, excess, "o", markersize=5, alpha=0.7, label=dataset)
-    ax.set_xticks(range(len(methods)), methods, rotation=20)
-    ax.set_ylabel("excess of total variation, sqrt(TV^2 - floor^2)")
-    ax.legend()
-    ax.figure.savefig(path, dpi=80)
+    """Draw the excess of the total variation over its floor against time; the two add as lengths at right angles do."""
+    figure = Figure((13, 4.2), layout="constrained")
+    for ax, dataset in zip(figure.subplots(1, len(DATASETS), sharey=True), DATASETS, strict=True):
+        for index, method in enumerate(methods):
+            its = np.sort(rows[(rows["dataset"] == dataset) & (rows["method"] == method)], order="budget")
+            excess = np.sqrt(np.maximum(its["tv"] ** 2 - its["tv_floor"] ** 2, 1e-6))
+            ax.loglog(its["training_seconds"], excess, f"C{index}.-", label=method)
+        ax.set(title=dataset, xlabel="CPU seconds of training")
+        ax.set_xticks(np.unique(rows["budget"]), [f"{budget:.0f}" for budget in np.unique(rows["budget"])], minor=False)
+        ax.xaxis.set_minor_locator(NullLocator())
+    figure.axes[0].set_ylabel("sqrt(TV^2 - floor^2)")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+    figure.savefig(path, dpi=80)
 
 
 def write_results(arguments):
-    """Write picture and tables of the rows in the csv file that have this budget."""
+    """Write the picture of the rows in the csv file, and tables of those with the largest budget."""
     rows = np.genfromtxt(arguments.folder / "peers.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
-    rows = rows[rows["budget"] == arguments.budget]
     methods = [name for run in METHODS for name in dict.fromkeys(rows["method"][rows["run"] == run].tolist())]
     plot(rows, methods, arguments.folder / "peers.png")
-    text = "![excess of total variation by method and data set](peers.png)\n"
+    rows = rows[rows["budget"] == rows["budget"].max()]
+    text = "![excess of total variation against training time](peers.png)\n"
     for dataset in (dataset for dataset in DATASETS if dataset in rows["dataset"]):
         by_method = ((method, rows[(rows["dataset"] == dataset) & (rows["method"] == method)]) for method in methods)
         table = [
@@ -322,7 +325,7 @@ def write_results(arguments):
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
     seeds = ", ".join(map(str, np.unique(rows["seed"])))
-    runs = f"Seeds: {seeds}; {arguments.budget:.0f} CPU seconds of training, {arguments.samples} generated points. "
+    runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training, {arguments.samples} generated points. "
     runs += report.describe_run(["tensorflow", "torch", "zuko", "flow_matching"])
     text += (
         f"\nMeans (smallest to largest) over the seeds; a million points sampled, evaluations for each of them. {runs}"
@@ -354,13 +357,13 @@ def main():
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--budget", type=float, default=120.0, help="CPU seconds of training")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[30, 60, 120], help="CPU seconds of training")
     parser.add_argument("--learning-rate", type=float, help="of the peers, instead of each one's own: to search it")
     parser.add_argument("--samples", type=int, default=500_000, help="for the measurements")
     parser.add_argument("--folder", type=Path, default=report.FOLDER, help="of README.md, csv and picture")
     parser.add_argument("--tables-only", action="store_true", help="of the runs in peers.csv")
     arguments = parser.parse_args()
-    failures, runs = [], itertools.product(arguments.methods, arguments.datasets, arguments.seeds)
+    failures, runs = [], itertools.product(arguments.methods, arguments.datasets, arguments.seeds, arguments.budgets)
     for call in () if arguments.tables_only else runs:
         process = multiprocessing.get_context("spawn").Process(target=run, args=(*call, arguments))
         process.start()
