@@ -138,6 +138,9 @@ def draw_gallery(models):
     columns = zip(figure.subplots(3, len(models)).T, models.items(), strict=True)
     for (ax_exact, ax_density, ax_samples), (dataset, model) in columns:
         truth = visualization.plot_density(ax_exact, partial(exact_log_density, dataset, noise_std=NOISE_STD))
+        if dataset == next(iter(models)):
+            for ax, label in ((ax_exact, "exact density"), (ax_density, "real DDE"), (ax_samples, "samples")):
+                ax.set_ylabel(label)
         ax_exact.set_title(dataset)
         log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
         visualization.plot_density(ax_density, log_density, max_density=truth.get_array().max())

@@ -278,6 +278,7 @@ def run(method, dataset, seed, budget, arguments):
     sample_real = partial(sample_2d_data, dataset)
     density = evaluation.density_metrics(log_density, exact_density) if log_density else (math.nan, math.nan)
     key = {"run": method, "dataset": dataset, "seed": seed, "budget": budget}
+    numbers["samples"] = arguments.samples
     rows = []
     for name, (evaluations, sample) in samplers.items():
         sample(1000)  # the first call is slower
@@ -289,6 +290,7 @@ def run(method, dataset, seed, budget, arguments):
         row = {**key, "method": method + name, "evaluations": evaluations, **numbers}
         row.update(tv=tv, tv_floor=tv_floor, kl=kl, kl_floor=kl_floor, density_tv=density[0], density_kl=density[1])
         row.update(sliced_w1=sliced.value, sliced_w1_floor=sliced.floor, sliced_w1_ratio=sliced.ratio)
+        row.update(sliced_w1_ratio_std_error=sliced.ratio_std_error)
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
     report.replace_run(arguments.folder / "peers.csv", key, rows)
@@ -301,9 +303,12 @@ def plot(rows, methods, path):
         for index, method in enumerate(methods):
             its = np.sort(rows[(rows["dataset"] == dataset) & (rows["method"] == method)], order="budget")
             excess = np.sqrt(np.maximum(its["tv"] ** 2 - its["tv_floor"] ** 2, 1e-6))
-            ax.loglog(its["training_seconds"], excess, f"C{index}.-", label=method)
+            for seed in np.unique(its["seed"]):
+                one = its["seed"] == seed
+                ax.loglog(its["training_seconds"][one], excess[one], f"C{index}.-")
+            ax.plot([], [], f"C{index}.-", label=method)
         ax.set(title=dataset, xlabel="CPU seconds of training")
-        ax.set_xticks(np.unique(rows["budget"]), [f"{budget:.0f}" for budget in np.unique(rows["budget"])], minor=False)
+        ax.set_xticks(np.unique(rows["budget"]), [f"{budget:.0f}" for budget in np.unique(rows["budget"])])
         ax.xaxis.set_minor_locator(NullLocator())
     figure.axes[0].set_ylabel("sqrt(TV^2 - floor^2)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
@@ -325,10 +330,11 @@ def write_results(arguments):
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
     seeds = ", ".join(map(str, np.unique(rows["seed"])))
-    runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training, {arguments.samples} generated points. "
+    counts = " or ".join(f"{count:,}" for count in np.unique(rows["samples"]))
+    runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training; {counts} generated points. "
     runs += report.describe_run(["tensorflow", "torch", "zuko", "flow_matching"])
     text += (
-        f"\nMeans (smallest to largest) over the seeds; a million points sampled, evaluations for each of them. {runs}"
+        f"\nSampling of a million points; evaluations of a network for each point; means (smallest to largest). {runs}"
     )
     report.write_section("peers", text, arguments.folder / "README.md")
     if arguments.folder == report.FOLDER:
@@ -341,13 +347,13 @@ def write_summary(rows, methods, runs):
     names["sampling_seconds"] = "Sampling a million (CPU s)"
 
     def describe(values):
-        low, high = (np.format_float_positional(f(values), 2, fractional=False) for f in (np.min, np.max))
+        low, high = (f"{value:.0f}" if value >= 100 else f"{value:#.2g}" for value in (values.min(), values.max()))
         return "" if np.isnan(values).any() else f"{low.rstrip('.')} to {high.rstrip('.')}"
 
-    by_method = {method: rows[rows["method"] == method] for method in methods}
+    by_method = {method: rows[rows["method"] == method] for method in methods if method in rows["method"]}
     table = [(f"`{method}`", *(describe(its[name]) for name in names)) for method, its in by_method.items()]
     table.append(("real points (floor)", *(describe(rows[f"{name}_floor"]) for name in ("tv", "kl")), "1", "", ""))
-    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over the four data sets. {runs}"
+    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over the data sets. {runs}"
     report.write_section("peers", text, report.FOLDER.parent / "README.md")
 
 
@@ -357,7 +363,7 @@ def main():
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--budgets", nargs="+", type=float, default=[30, 60, 120], help="CPU seconds of training")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[30.0, 60.0, 120.0], help="CPU seconds of training")
     parser.add_argument("--learning-rate", type=float, help="of the peers, instead of each one's own: to search it")
     parser.add_argument("--samples", type=int, default=500_000, help="for the measurements")
     parser.add_argument("--folder", type=Path, default=report.FOLDER, help="of README.md, csv and picture")

@@ -99,9 +99,10 @@ def count_flops(batch_size):
     graph = tf.function(model.train_step).get_concrete_function(tf.TensorSpec((batch_size, 2))).graph
     flops = 0
     for operation in graph.get_operations():
-        if "MatMul" in operation.type:  # of shapes (m, k), (k, n) and (m, n), whatever is transposed
-            shapes = (*(each.shape for each in operation.inputs), operation.outputs[0].shape)
-            flops += 2 * math.isqrt(math.prod(shape.num_elements() for shape in shapes))
+        if "MatMul" in operation.type:  # of shapes (m, k), (k, n) and (m, n), whatever is transposed, perhaps in blocks
+            shapes = [each.shape for each in (*operation.inputs, operation.outputs[0])]
+            num_blocks = math.prod(shapes[0][:-2])
+            flops += 2 * num_blocks * math.isqrt(math.prod(shape.num_elements() // num_blocks for shape in shapes))
     return flops
 
 

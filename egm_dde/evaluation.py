@@ -8,7 +8,8 @@ toy data, the truth is
     distances_to_modes = functools.partial(utils.distances_to_modes, "rings")
 
 A number made from samples has a floor beside it: what real samples of the same size score. A perfect generator reaches
-it, and goes below it by chance only. All functions raise ValueError for arguments that are not as described.
+it, and goes below it by chance only. All functions raise ValueError for arguments that are not as described, but for
+``rng``, which NumPy checks.
 """
 
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def density_metrics(log_density, exact_density, limit=4.5, num_cells=90):
     return DensityMetrics(float(np.abs(exact - np.exp(log_model)).sum() / 2), float(kl_divergence))
 
 
-def fisher_information(exact_density, limit=8.0, num_cells=320):
+def fisher_information(exact_density, limit=10.0, num_cells=400):
     """Compute the Fisher information J = E ||grad log p~||^2 = 4 integral ||grad sqrt(p~)||^2 of a density.
 
     The gradient is taken by Fourier transform on a grid, which is exact to rounding for a density that is smooth on the
@@ -109,7 +110,7 @@ def fisher_information(exact_density, limit=8.0, num_cells=320):
     return float(4 * np.sum(power * (wave_numbers[:, None] ** 2 + wave_numbers**2)) * cell_width**2)
 
 
-def minimum_denoising_loss(exact_density, noise_std, limit=8.0, num_cells=320):
+def minimum_denoising_loss(exact_density, noise_std, limit=10.0, num_cells=400):
     """Compute the least denoising loss that any density estimator in the plane has: 1 - noise_std^2 J / 2.
 
     The loss is E ||s grad f(x + s n) + n||^2 / d with s = noise_std and d = 2 (arXiv:2001.02728, Eq. 5, times s^2 / d).
