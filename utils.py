@@ -40,12 +40,16 @@ _PAIRS_PER_CHUNK = 2**19  # of points and nodes: bounds the memory of the quadra
 def sample_2d_data(dataset, n_samples, rng=None):
     """Draw independent samples, a float32 array (n_samples, 2), of a toy distribution, one of ``DATASETS``.
 
-    ``rng`` is a ``numpy.random.Generator``, an integer seed, or None for fresh entropy. Raises ValueError for another
-    ``dataset`` or ``n_samples``.
+    ``rng`` is a ``numpy.random.Generator``, an integer seed, or None for fresh entropy. Raises ValueError for arguments
+    that are not as described.
     """
     sample, _ = _look_up(dataset)
     n_samples = check_integer("n_samples", n_samples)
-    return sample(n_samples, np.random.default_rng(rng)).astype(np.float32)
+    try:
+        rng = np.random.default_rng(rng)
+    except (TypeError, ValueError):
+        raise ValueError(f"rng must be a numpy.random.Generator, a seed of at least 0 or None, got {rng!r}") from None
+    return sample(n_samples, rng).astype(np.float32)
 
 
 def noisy_density_2d(dataset, points, noise_std):
