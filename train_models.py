@@ -135,12 +135,11 @@ def make_films(dataset, folder, seed=0):
 def draw_gallery(models):
     """Draw exact density, learned density and samples of models, a dict by data set, as a Matplotlib figure."""
     figure = Figure(figsize=(3 * len(models), 9.4), layout="constrained")
-    columns = zip(figure.subplots(3, len(models)).T, models.items(), strict=True)
-    for (ax_exact, ax_density, ax_samples), (dataset, model) in columns:
+    axes = figure.subplots(3, len(models))
+    for ax, label in zip(axes[:, 0], ("exact density", "real DDE", "samples"), strict=True):
+        ax.set_ylabel(label)
+    for (ax_exact, ax_density, ax_samples), (dataset, model) in zip(axes.T, models.items(), strict=True):
         truth = visualization.plot_density(ax_exact, partial(exact_log_density, dataset, noise_std=NOISE_STD))
-        if dataset == next(iter(models)):
-            for ax, label in ((ax_exact, "exact density"), (ax_density, "real DDE"), (ax_samples, "samples")):
-                ax.set_ylabel(label)
         ax_exact.set_title(dataset)
         log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
         visualization.plot_density(ax_density, log_density, max_density=truth.get_array().max())

@@ -261,8 +261,8 @@ def train_ours(dataset, seed, budget, arguments):
 def sample_by_rejection(model, seed, n_samples):
     """Draw points and reject those of which the two DDEs say that there are too many, as the tutorial does."""
     rng, kept = np.random.default_rng(seed), []
-    while sum(map(len, kept)) < n_samples:
-        points = model.sample(1000 + n_samples - sum(map(len, kept)), seed=int(rng.integers(2**31)))
+    while (num_missing := n_samples - sum(map(len, kept))) > 0:
+        points = model.sample(1000 + num_missing, seed=int(rng.integers(2**31)))
         parts = np.array_split(points, 1 + len(points) // CHUNK_SIZE)
         log_ratios = [model.dde_real.log_density(part) - model.dde_fake.log_density(part) for part in parts]
         log_ratio = np.concatenate(log_ratios)[:, 0]
