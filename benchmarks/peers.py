@@ -254,20 +254,28 @@ def train_ours(dataset, seed, budget, arguments):
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
     log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
-    samplers = {"": (1, partial(model.sample, seed=seed)), "-rejected": (3, partial(sample_by_rejection, model, seed))}
+    # The correction takes two log densities and their gradients.
+    samplers = {"": (1, partial(model.sample, seed=seed)), "-corrected": (5, partial(sample_corrected, model, seed))}
     return samplers, log_density, numbers
 
 
-def sample_by_rejection(model, seed, n_samples):
-    """Draw points and reject those of which the two DDEs say that there are too many, as the tutorial does."""
-    rng, kept = np.random.default_rng(seed), []
-    while (num_missing := n_samples - sum(map(len, kept))) > 0:
+def sample_corrected(model, seed, n_samples):
+    """Draw points and correct them by the two densities."""
+    rng, corrected = np.random.default_rng(seed), []
+    while (num_missing := n_samples - sum(map(len, corrected))) > 0:
         points = model.sample(1000 + num_missing, seed=int(rng.integers(2**31)))
         parts = np.array_split(points, 1 + len(points) // CHUNK_SIZE)
-        log_ratios = [model.dde_real.log_density(part) - model.dde_fake.log_density(part) for part in parts]
-        log_ratio = np.concatenate(log_ratios)[:, 0]
-        kept.append(points[rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))])
-    return np.concatenate(kept)[:n_samples]
+        corrected += [correct(part, model.dde_real, model.dde_fake, rng) for part in parts]
+    return np.concatenate(corrected)[:n_samples]
+
+
+def correct(points, dde_real, dde_fake, rng):
+    """Reject points where there are too many and move the others by a step, as the tutorial does."""
+    log_real, score_real = dde_real(points, noise_std=NOISE_STD)
+    log_fake, score_fake = dde_fake(points, noise_std=NOISE_STD)
+    log_ratio = (log_real - log_fake).numpy()[:, 0]
+    is_kept = rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))
+    return (points + NOISE_STD**2 * (score_real - score_fake)).numpy()[is_kept]
 
 
 def run(method, dataset, seed, budget, arguments):
@@ -329,7 +337,8 @@ def write_results(arguments):
         ]
         titles = (name.replace("_", " ").replace("tv", "TV").replace("kl", "KL") for name in COLUMNS)
         text += f"\n{report.make_table([f'`{dataset}`', *titles], table)}\n"
-    seeds = ", ".join(map(str, np.unique(rows["seed"])))
+    seeds_of = ((run, np.unique(rows["seed"][rows["run"] == run])) for run in METHODS)
+    seeds = "; ".join(f"{run} {', '.join(map(str, its))}" for run, its in seeds_of if len(its))
     counts = " or ".join(f"{count:,}" for count in np.unique(rows["samples"]))
     runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training; {counts} generated points. "
     runs += report.describe_run(["tensorflow", "torch", "zuko", "flow_matching"])
@@ -353,7 +362,7 @@ def write_summary(rows, methods, runs):
     by_method = {method: rows[rows["method"] == method] for method in methods if method in rows["method"]}
     table = [(f"`{method}`", *(describe(its[name]) for name in names)) for method, its in by_method.items()]
     table.append(("real points (floor)", *(describe(rows[f"{name}_floor"]) for name in ("tv", "kl")), "1", "", ""))
-    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over the data sets. {runs}"
+    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over data sets and seeds. {runs}"
     report.write_section("peers", text, report.FOLDER.parent / "README.md")
 
 
