@@ -29,6 +29,8 @@ from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS
 
 FILE = report.FOLDER / "ablation.csv"
+# title: columns of the csv file
+TABLES = {"density TV / generator TV": ("density_tv", "generator_tv"), "generator KL (nats)": ("generator_kl",)}
 
 
 def plain_targets(x, noisy_x, noise, noise_std):
@@ -123,20 +125,21 @@ def run(variant, dataset, seed, steps):
 
 
 def write_table(rows):
-    """Write the means over seeds, for each data set."""
+    """Write the means over seeds, for each data set, and their spread."""
     datasets = [dataset for dataset in DATASETS if any(row["dataset"] == dataset for row in rows)]
     variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
-    lines = []
-    for variant in variants:
-        cells = []
-        for dataset in datasets:
-            its_rows = [row for row in rows if (row["variant"], row["dataset"]) == (variant, dataset)]
-            cells.append(" / ".join(report.summarise(its_rows, name, 3) for name in ("density_tv", "generator_tv")))
-        lines.append([variant, *cells])
-    table = report.make_table(["", *(f"`{dataset}`: density / generator TV" for dataset in datasets)], lines)
+    tables = []
+    for title, names in TABLES.items():
+        lines = []
+        for variant in variants:
+            runs = ([row for row in rows if (row["variant"], row["dataset"]) == (variant, each)] for each in datasets)
+            cells = (" / ".join(report.summarise(its_rows, name, 3) for name in names) for its_rows in runs)
+            lines.append([variant, *cells])
+        tables.append(report.make_table([title, *(f"`{dataset}`" for dataset in datasets)], lines))
     seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))
     runs = f"Mean (smallest to largest) over seeds {seeds}; {steps} steps."
-    report.write_section("ablation", f"{table}\n\n{runs} {report.describe_run(('tensorflow', 'keras'))}")
+    text = "\n\n".join([*tables, f"{runs} {report.describe_run(('tensorflow', 'keras'))}"])
+    report.write_section("ablation", text)
 
 
 def main():
