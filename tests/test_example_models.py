@@ -1,13 +1,15 @@
 """The ready-made models load on every version of the packages that the project allows."""
 
+from functools import partial
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+from egm_dde.evaluation import sample_metrics
 from energy_models import EGM
-from utils import DATASETS, sample_2d_data
+from utils import DATASETS, noisy_density_2d, sample_2d_data
 
 FOLDER = Path(__file__).parent.parent / "example_models"
 
@@ -22,6 +24,17 @@ def test_a_ready_made_model_loads_and_samples(dataset):
     real, fake = (np.asarray(dde.log_density(x, noise_std=0.1)) for dde in (egm.dde_real, egm.dde_fake))
     assert np.std(real - fake) < 0.5  # where the data are; each has a constant of its own
     assert isinstance(keras.saving.load_model(FOLDER / f"{dataset}.keras"), EGM)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_two_densities_correct_points(dataset):
+    egm = EGM.load(FOLDER / f"{dataset}.keras")
+    points = egm.sample(100_000, seed=0)
+    step = egm.dde_real.denoise(points, noise_std=0.1) - egm.dde_fake.denoise(points, noise_std=0.1)
+    truth = partial(noisy_density_2d, dataset, noise_std=0.1), partial(sample_2d_data, dataset), 0.1
+    forwards, still, backwards = (sample_metrics(points + sign * step, *truth, rng=0) for sign in (1, 0, -1))
+    for each in ("total_variation", "kl_divergence"):
+        assert getattr(forwards, each).value < getattr(still, each).value < getattr(backwards, each).value
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
