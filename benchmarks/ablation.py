@@ -132,8 +132,8 @@ def write_table(rows):
     for title, names in TABLES.items():
         lines = []
         for variant in variants:
-            runs = ([row for row in rows if (row["variant"], row["dataset"]) == (variant, each)] for each in datasets)
-            cells = (" / ".join(report.summarise(its_rows, name, 3) for name in names) for its_rows in runs)
+            cases = ([row for row in rows if (row["variant"], row["dataset"]) == (variant, each)] for each in datasets)
+            cells = (" / ".join(report.summarise(its_rows, name, 3) for name in names) for its_rows in cases)
             lines.append([variant, *cells])
         tables.append(report.make_table([title, *(f"`{dataset}`" for dataset in datasets)], lines))
     seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))

@@ -1,4 +1,4 @@
-"""The ready-made models load on every version of the packages that the project allows."""
+"""The ready-made models load, and correct points, on every version of the packages that the project allows."""
 
 from functools import partial
 from pathlib import Path
