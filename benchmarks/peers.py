@@ -1,15 +1,15 @@
 """Our recipe and peers at equal cost: the same points, the same metric code, the same CPU seconds on one core.
 
 * ``ours``: ``train_models.train_egm``, as long as the budget allows; the building of its graph counts.
-  ``ours-rejected``: the same generator, its points rejected by its two densities.
+  ``ours-corrected``: the same generator, its points corrected by its two densities.
 * ``spline-flow``: the neural spline flow of the library zuko, by maximum likelihood.
 * ``flow-matching``: the library flow_matching, sampled with 1 to 20 steps of the midpoint rule.
 * ``wgan-gp``: a Wasserstein GAN with gradient penalty.
 * ``drifting``: a one-step generator that follows a kernel field between real and generated points.
 
-A warm-up finds the steps that fill a budget; learning rates fall to zero along a cosine that ends there. Each run has
-a process of its own, with one thread, and replaces its lines of ``peers.csv``. The picture shows all of them, the
-tables those of the largest budget, the project's README.md the ranges of these.
+A warm-up finds the steps that fill a budget; learning rates fall until they are done, those of the peers to zero along
+a cosine. Each run has a process of its own, with one thread, and replaces its lines of ``peers.csv``. The picture shows
+all of them, the tables those of the largest budget, the project's README.md the ranges of these.
 
     python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budgets 30 60 120]
 """
@@ -37,15 +37,14 @@ from flow_matching.path import CondOTProbPath
 from flow_matching.solver import ODESolver
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from samples import CHUNK_SIZE, NOISE_STD, measure, sample_corrected
 from scipy.ndimage import gaussian_filter, map_coordinates
 from torch import nn
 
 from egm_dde import evaluation
 from utils import DATASETS, noisy_density_2d, sample_2d_data
 
-NOISE_STD = 0.1
 NUM_POINTS = 1_024_000  # as many as train_models.make_batches draws
-CHUNK_SIZE = 8192  # generated at a time: larger temporaries than 32 MiB cost page faults
 GRID_LIMIT, GRID_CELL = 5.0, 0.05  # of the densities that noise is added to
 COLUMNS = ("tv", "tv_floor", "kl", "kl_floor", "sliced_w1_ratio", "density_tv", "density_kl")
 COLUMNS += ("training_seconds", "sampling_seconds", "evaluations")  # sampling: of a million points
@@ -254,37 +253,18 @@ def train_ours(dataset, seed, budget, arguments):
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
     log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
-    # The correction takes two log densities and their gradients.
-    samplers = {"": (1, partial(model.sample, seed=seed)), "-corrected": (5, partial(sample_corrected, model, seed))}
+    draws = partial(model.sample, seed=seed), partial(sample_corrected, model, seed=seed)
+    samplers = {"": (1, draws[0]), "-corrected": (5, draws[1])}  # two log densities, their gradients, the generator
     return samplers, log_density, numbers
-
-
-def sample_corrected(model, seed, n_samples):
-    """Draw points and correct them by the two densities."""
-    rng, corrected = np.random.default_rng(seed), []
-    while (num_missing := n_samples - sum(map(len, corrected))) > 0:
-        points = model.sample(1000 + num_missing, seed=int(rng.integers(2**31)))
-        parts = np.array_split(points, 1 + len(points) // CHUNK_SIZE)
-        corrected += [correct(part, model.dde_real, model.dde_fake, rng) for part in parts]
-    return np.concatenate(corrected)[:n_samples]
-
-
-def correct(points, dde_real, dde_fake, rng):
-    """Reject points where there are too many and move the others by a step, as the tutorial does."""
-    log_real, score_real = dde_real(points, noise_std=NOISE_STD)
-    log_fake, score_fake = dde_fake(points, noise_std=NOISE_STD)
-    log_ratio = (log_real - log_fake).numpy()[:, 0]
-    is_kept = rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))
-    return (points + NOISE_STD**2 * (score_real - score_fake)).numpy()[is_kept]
 
 
 def run(method, dataset, seed, budget, arguments):
     """Train and measure once; write a row for each sampler to the csv file."""
     train = train_ours if method == "ours" else partial(train_peer, method)
     samplers, log_density, numbers = train(dataset, seed, budget, arguments)
-    exact_density = partial(noisy_density_2d, dataset, noise_std=NOISE_STD)
-    sample_real = partial(sample_2d_data, dataset)
-    density = evaluation.density_metrics(log_density, exact_density) if log_density else (math.nan, math.nan)
+    density = (math.nan, math.nan)
+    if log_density:
+        density = evaluation.density_metrics(log_density, partial(noisy_density_2d, dataset, noise_std=NOISE_STD))
     key = {"run": method, "dataset": dataset, "seed": seed, "budget": budget}
     numbers["samples"] = arguments.samples
     rows = []
@@ -293,12 +273,8 @@ def run(method, dataset, seed, budget, arguments):
         start = process_time()
         samples = sample(arguments.samples)
         numbers["sampling_seconds"] = (process_time() - start) * 1_000_000 / arguments.samples
-        (tv, tv_floor), (kl, kl_floor) = evaluation.sample_metrics(samples, exact_density, sample_real, NOISE_STD, seed)
-        sliced = evaluation.sliced_wasserstein_to_data(samples, sample_real, seed)
         row = {**key, "method": method + name, "evaluations": evaluations, **numbers}
-        row.update(tv=tv, tv_floor=tv_floor, kl=kl, kl_floor=kl_floor, density_tv=density[0], density_kl=density[1])
-        row.update(sliced_w1=sliced.value, sliced_w1_floor=sliced.floor, sliced_w1_ratio=sliced.ratio)
-        row.update(sliced_w1_ratio_std_error=sliced.ratio_std_error)
+        row.update(measure(dataset, samples, seed), density_tv=density[0], density_kl=density[1])
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
     report.replace_run(arguments.folder / "peers.csv", key, rows)
