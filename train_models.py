@@ -43,7 +43,7 @@ def build_egm(seed=0, epochs=EPOCHS):
 
 def compile_egm(egm, num_steps):
     """Give a model optimizers whose learning rates fall exponentially to LAST_RATE of the first in ``num_steps``."""
-    rates = (5e-3, egm.dde_steps), (3e-3, 1), (5e-3, egm.real_steps)  # with the steps in one of the model
+    rates = (5e-3, egm.dde_steps), (6e-3, 1), (5e-3, egm.real_steps)  # with the steps in one of the model
     decays = (keras.optimizers.schedules.ExponentialDecay(rate, steps * num_steps, LAST_RATE) for rate, steps in rates)
     egm.compile(*(keras.optimizers.Adam(decay, beta_1=0.5) for decay in decays))
 
