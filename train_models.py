@@ -26,7 +26,7 @@ from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 NOISE_STD = 0.1  # at which models are compared with the truth
 NOISE_RANGE = (0.05, 1.5)  # from below NOISE_STD: the generator does not feel lumps that the lowest level blurs
 EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2, "level_power": 0.5}
-LAST_RATE = 0.003  # the last learning rate, as a share of the first
+LAST_RATE = 0.003  # of the real DDE, as a share of the first
 BATCH_SIZE, NUM_BATCHES = 512, 2000
 STEPS_PER_EPOCH, EPOCHS = 50, 100
 FOLDER = Path(__file__).parent / "example_models"
@@ -42,9 +42,14 @@ def build_egm(seed=0, epochs=EPOCHS):
 
 
 def compile_egm(egm, num_steps):
-    """Give a model optimizers whose learning rates fall exponentially to LAST_RATE of the first in ``num_steps``."""
-    rates = (5e-3, egm.dde_steps), (6e-3, 1), (5e-3, egm.real_steps)  # with the steps in one of the model
-    decays = (keras.optimizers.schedules.ExponentialDecay(rate, steps * num_steps, LAST_RATE) for rate, steps in rates)
+    """Give a model optimizers whose learning rates fall until ``num_steps`` training steps are made.
+
+    That of the real DDE, whose data stay the same, falls exponentially. The other two networks follow each other: theirs
+    fall to zero along a cosine.
+    """
+    schedules = keras.optimizers.schedules
+    decays = [schedules.CosineDecay(5e-3, egm.dde_steps * num_steps), schedules.CosineDecay(3e-3, num_steps)]
+    decays.append(schedules.ExponentialDecay(5e-3, egm.real_steps * num_steps, LAST_RATE))
     egm.compile(*(keras.optimizers.Adam(decay, beta_1=0.5) for decay in decays))
 
 
