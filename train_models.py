@@ -42,10 +42,9 @@ def build_egm(seed=0, epochs=EPOCHS):
 
 
 def compile_egm(egm, num_steps):
-    """Give a model optimizers whose learning rates fall until ``num_steps`` training steps are made.
+    """Give a model optimizers whose learning rates fall to zero along a cosine, in ``num_steps`` training steps.
 
-    That of the real DDE, whose data stay the same, falls exponentially. The other two networks follow each other: theirs
-    fall to zero along a cosine.
+    That of the real DDE falls exponentially: its data stay the same, while the other two networks follow each other.
     """
     schedules = keras.optimizers.schedules
     decays = [schedules.CosineDecay(5e-3, egm.dde_steps * num_steps), schedules.CosineDecay(3e-3, num_steps)]
