@@ -19,13 +19,13 @@ def briefly_trained():
 
 
 def test_a_short_run_beats_a_stated_quality(briefly_trained):
-    # The limits are 1.3 times the worst of seeds 0 to 5 (0.019, 0.0018 nats, 0.139).
+    # The limits are 1.3 times the worst of seeds 0 to 5 (0.0207, 0.0034 nats, 0.100).
     row = train_models.measure("8gaussians", briefly_trained, rng=0, n_samples=500_000)
-    assert row["density_tv"] < 0.025
-    assert row["density_kl"] < 0.0025
+    assert row["density_tv"] < 0.027
+    assert row["density_kl"] < 0.0044
     assert row["generator_tv_floor"] < 0.03
-    assert row["generator_tv"] < 0.18
-    assert row["smallest_mode_share"] > 0.06
+    assert row["generator_tv"] < 0.13
+    assert row["smallest_mode_share"] > 0.09
     assert row == train_models.measure("8gaussians", briefly_trained, rng=0, n_samples=500_000)
 
 
