@@ -1,6 +1,6 @@
 """The order of the data: a function of the seed and the number of steps made, which a resumed run repeats."""
 
-import itertools
+import functools
 import math
 
 import keras
@@ -23,19 +23,31 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
         allowed = f"a multiple of {num_replicas} and at most the number of points, {len(x)}"
         raise ValueError(f"on {num_replicas} devices, batch_size must be {allowed}; got {batch_size}")
 
-    def put_in_order():
-        position = model.num_steps % batches_per_pass if steps_per_epoch else 0
-        for first_step in itertools.count(model.num_steps - position, batches_per_pass):
-            rng = np.random.default_rng((model.seed, first_step))
-            order = rng.permutation(len(x)) if shuffle else np.arange(len(x))
-            for batch in range(position, batches_per_pass):
-                yield x[order[batch * batch_size : (batch + 1) * batch_size]]
-            position = 0
+    @functools.lru_cache(maxsize=1)
+    def order_pass(first_step):
+        rng = np.random.default_rng((model.seed, first_step))
+        return rng.permutation(len(x)) if shuffle else np.arange(len(x))
+
+    def take_batch(first_step, step):
+        batch = (step if steps_per_epoch else step - first_step) % batches_per_pass
+        return x[order_pass(step - batch)[batch * batch_size : (batch + 1) * batch_size]]
+
+    def continue_from(first_step):
+        steps = tf.data.Dataset.range(first_step, first_step + num_batches)
+        batches = steps.map(lambda step: tf.numpy_function(take_batch, [first_step, step], x.dtype))
+        return batches.map(lambda batch: tf.ensure_shape(batch, (None, *x.shape[1:])))
 
     num_batches = steps_per_epoch or batches_per_pass
-    spec = tf.TensorSpec((None, *x.shape[1:]), x.dtype)
-    batches = tf.data.Dataset.from_generator(put_in_order, output_signature=spec).take(num_batches)
+    batches = ask_late(lambda: model.num_steps).flat_map(continue_from)
     return batches.with_options(NO_AUTOTUNING).apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
+
+
+def ask_late(function):
+    """A dataset of one integer, which ``function`` gives when it is iterated over.
+
+    ``tf.data.Dataset.from_generator`` would do, but it takes back what ``prepare_process`` asked of the allocator.
+    """
+    return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(function, [], tf.int64))
 
 
 class Run(keras.callbacks.Callback):
@@ -61,9 +73,8 @@ class Run(keras.callbacks.Callback):
         if not steps_per_epoch and (length < 0 or length % at_once):
             return dataset, None  # nobody knows its length, or the last steps are fewer than those at once
         self.steps_per_epoch = steps_per_epoch or length
-        scalar = tf.TensorSpec([], tf.int64)  # the number of steps made since the first epoch began
-        position = tf.data.Dataset.from_generator(lambda: [self.position or 0], output_signature=scalar)
-        batches = position.flat_map(lambda position: dataset.repeat().skip(position))
+        # Its place is the number of steps made since the first epoch began.
+        batches = ask_late(lambda: self.position or 0).flat_map(lambda position: dataset.repeat().skip(position))
         return batches.with_options(NO_AUTOTUNING).with_options(dataset.options()), self.steps_per_epoch
 
     def on_train_begin(self, logs=None):

@@ -58,7 +58,7 @@ class GeneratorModel(Trainable):
 
     def as_subgraph(self, step):
         """``step`` as a graph of its own, where TensorFlow can: traced once for all its calls, and a tenth faster."""
-        return step if tf.executing_eagerly() or tf.distribute.has_strategy() else tf.function(step)
+        return step if tf.executing_eagerly() or tf.distribute.has_strategy() else tf.function(step, autograph=False)
 
     @property
     def latent_shape(self):
