@@ -33,9 +33,10 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
         return x[order_pass(step - batch)[batch * batch_size : (batch + 1) * batch_size]]
 
     def continue_from(first_step):
-        steps = tf.data.Dataset.range(first_step, first_step + num_batches)
-        batches = steps.map(lambda step: tf.numpy_function(take_batch, [first_step, step], x.dtype))
-        return batches.map(lambda batch: tf.ensure_shape(batch, (None, *x.shape[1:])))
+        def read(step):
+            return tf.ensure_shape(tf.numpy_function(take_batch, (first_step, step), x.dtype), (None, *x.shape[1:]))
+
+        return tf.data.Dataset.range(first_step, first_step + num_batches).map(read)
 
     num_batches = steps_per_epoch or batches_per_pass
     batches = ask_late(lambda: model.num_steps).flat_map(continue_from)
