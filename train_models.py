@@ -34,8 +34,7 @@ FOLDER = Path(__file__).parent / "example_models"
 
 def build_egm(seed=0, epochs=EPOCHS):
     """Build the compiled model for a training of so many epochs; the seed fixes initial weights, latents and noise."""
-    nets = {each: build_energy_net(noise_conditional=True, seed=each) for each in (seed, seed + 1)}
-    ddes = (DDE(net, NOISE_RANGE, seed=each) for each, net in nets.items())
+    ddes = (DDE(build_energy_net(noise_conditional=True, seed=i), NOISE_RANGE, seed=i) for i in (seed, seed + 1))
     egm = EGM(*ddes, build_generator(seed=seed + 2), seed=seed, **EGM_OPTIONS)
     compile_egm(egm, epochs * STEPS_PER_EPOCH)
     return egm

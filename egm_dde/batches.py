@@ -25,29 +25,24 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
 
     @functools.lru_cache(maxsize=1)
     def order_pass(first_step):
-        rng = np.random.default_rng((model.seed, first_step))
-        return rng.permutation(len(x)) if shuffle else np.arange(len(x))
+        return np.random.default_rng((model.seed, first_step)).permutation(len(x)) if shuffle else np.arange(len(x))
 
-    def take_batch(first_step, step):
+    def take(first_step, step):
         batch = (step if steps_per_epoch else step - first_step) % batches_per_pass
         return x[order_pass(step - batch)[batch * batch_size : (batch + 1) * batch_size]]
 
     def continue_from(first_step):
-        def read(step):
-            return tf.ensure_shape(tf.numpy_function(take_batch, (first_step, step), x.dtype), (None, *x.shape[1:]))
+        steps = tf.data.Dataset.range(first_step, first_step + num_batches)
+        return steps.map(lambda step: tf.ensure_shape(tf.numpy_function(take, (first_step, step), x.dtype), shape))
 
-        return tf.data.Dataset.range(first_step, first_step + num_batches).map(read)
-
-    num_batches = steps_per_epoch or batches_per_pass
+    num_batches, shape = steps_per_epoch or batches_per_pass, (None, *x.shape[1:])
     batches = ask_late(lambda: model.num_steps).flat_map(continue_from)
     return batches.with_options(NO_AUTOTUNING).apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
 
 def ask_late(function):
-    """A dataset of one integer, which ``function`` gives when it is iterated over.
-
-    ``tf.data.Dataset.from_generator`` would do, but it takes back what ``prepare_process`` asked of the allocator.
-    """
+    """A dataset of one integer, which ``function`` gives when it is iterated over."""
+    # Not by from_generator, which takes back what prepare_process asked of the allocator.
     return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(function, [], tf.int64))
 
 
