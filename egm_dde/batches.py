@@ -22,6 +22,8 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
     if not batches_per_pass or batch_size % num_replicas:
         allowed = f"a multiple of {num_replicas} and at most the number of points, {len(x)}"
         raise ValueError(f"on {num_replicas} devices, batch_size must be {allowed}; got {batch_size}")
+    num_batches = steps_per_epoch or batches_per_pass
+    shape = (None, *x.shape[1:])  # of a batch
 
     @functools.lru_cache(maxsize=1)
     def order_pass(first_step):
@@ -35,14 +37,12 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
         steps = tf.data.Dataset.range(first_step, first_step + num_batches)
         return steps.map(lambda step: tf.ensure_shape(tf.numpy_function(take, (first_step, step), x.dtype), shape))
 
-    num_batches, shape = steps_per_epoch or batches_per_pass, (None, *x.shape[1:])
     batches = ask_late(lambda: model.num_steps).flat_map(continue_from)
     return batches.with_options(NO_AUTOTUNING).apply(tf.data.experimental.assert_cardinality(num_batches)), num_batches
 
 
 def ask_late(function):
-    """A dataset of one integer, which ``function`` gives when it is iterated over."""
-    # Not by from_generator, which takes back what prepare_process asked of the allocator.
+    """A dataset of one integer, asked for when iteration begins; ``from_generator`` would undo ``prepare_process``."""
     return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(function, [], tf.int64))
 
 
@@ -69,7 +69,6 @@ class Run(keras.callbacks.Callback):
         if not steps_per_epoch and (length < 0 or length % at_once):
             return dataset, None  # nobody knows its length, or the last steps are fewer than those at once
         self.steps_per_epoch = steps_per_epoch or length
-        # Its place is the number of steps made since the first epoch began.
         batches = ask_late(lambda: self.position or 0).flat_map(lambda position: dataset.repeat().skip(position))
         return batches.with_options(NO_AUTOTUNING).with_options(dataset.options()), self.steps_per_epoch
 

@@ -23,6 +23,7 @@ STEPS_AT_THE_TOP = 10  # of annealed_langevin, whose points start far from the n
 # in many dimensions (Roberts and Rosenthal 1998).
 NUM_PILOTS = 256
 BEST_ACCEPTANCE = 0.574
+
 # Below these, as a number and as a share of all points, an effective sample size is no base for an estimate.
 SMALLEST_SAMPLE_SIZE = 100
 SMALLEST_SAMPLE_SHARE = 0.1
@@ -273,7 +274,7 @@ def choose_level(dde, noise_std, default):
 
 def check_finite(x, step):
     """Return points (n, *event), or raise FloatingPointError if some are not finite."""
-    is_finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
-    if not is_finite.all():
-        raise FloatingPointError(f"{(~is_finite).sum()} of {len(x)} points are not finite: {step} is too large")
+    num_bad = np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
+    if num_bad:
+        raise FloatingPointError(f"{num_bad} of {len(x)} points are not finite: {step} is too large for this density")
     return x

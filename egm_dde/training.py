@@ -93,7 +93,7 @@ class Trainable(keras.Model):
             if validation_split and validation_data is None:
                 num_training = int(len(x) * (1 - checks.check_interval("validation_split", validation_split, 0, 1)))
                 if num_training == 0:
-                    raise ValueError(f"validation_split={validation_split!r} leaves none of {len(x)} points to train")
+                    raise ValueError(f"{validation_split=} leaves none of {len(x)} points to train on")
                 x, validation_data, validation_split = x[:num_training], x[num_training:], 0.0
             x, run.steps_per_epoch = make_batches(self, x, batch_size, shuffle, steps_per_epoch)
             steps_per_epoch = None
