@@ -199,13 +199,14 @@ def build_energy_net(
     checks.check_sizes_and_scales({"dim": dim}, widths, {"feature_scale": feature_scale, "data_std": data_std})
     if num_features is None:
         num_features = 64 if dim <= 3 else 0
-    if num_features != 0 or isinstance(num_features, bool):
-        checks.check_integer("num_features, unless it is None or 0,", num_features)
+    checks.check_integer("num_features, unless it is None,", num_features, 0)
     seed = checks.check_seed(seed)
     initializers = _initializers("GlorotUniform", seed)
     x, log_noise_std = _energy_inputs((dim,), noise_conditional)
     first = RandomFourierFeatures(num_features, feature_scale, seed) if num_features else NoiseScaling(data_std)
-    hidden = _append_level(first(x, log_noise_std), log_noise_std)
+    hidden = first(x, log_noise_std)
+    if noise_conditional:
+        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
     hidden = _stack_dense_layers(hidden, widths, activation, initializers)
     base_measure = GaussianLogDensity(data_std)(x, log_noise_std)
     return _energy_model("energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
@@ -243,18 +244,19 @@ def build_generator(  # noqa: D417
     return keras.Model(z, y, name="generator")
 
 
-def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0):  # noqa: D417
+def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0, separate_channels=False):  # noqa: D417
     """Build the network of a DDE of images: from [images, log(noise_std) (batch, 1)] to (batch, 1), a ``keras.Model``.
 
     Two dense layers look at each window of 8 x 8 pixels, every 4 pixels; those of ``widths`` look at what they found in
-    all windows. With the second derivatives of training, a CPU does this faster than convolutions. What is left to
-    learn is what a Gaussian of the images and a mixture for each pixel do not know. The output is the log density of
-    noisy images up to a constant, at each level of a range.
+    all windows. With the second derivatives of training, a CPU does this faster than convolutions. The layers learn
+    what a Gaussian of the images and a mixture for pixels do not know. The output is the log density up to a constant.
 
     Args:
         images: images to train on (n, height, width, channels), for mean, covariance and shares of black and white,
             which are the smallest and the largest number in them; 20,000 images are used at most.
         widths, activation, seed: as in ``build_energy_net``.
+        separate_channels: whether each window looks at one channel alone, for channels that have little in common; the
+            colours of a photograph have much.
     """
     statistics, event_shape = _principal_components(images), np.shape(images)[1:]
     checks.check_sizes_and_scales({}, widths, {})
@@ -262,7 +264,9 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
     x, log_noise_std = _energy_inputs(event_shape, noise_conditional=True)
     data_std = math.sqrt(np.mean(np.var(images[:20_000], axis=0)))
     scaled = NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
-    windows = Windows()(keras.ops.reshape(scaled, (-1, *event_shape)))
+    scaled = keras.ops.reshape(scaled, (-1, *event_shape))
+    parts = keras.ops.split(scaled, event_shape[-1], axis=-1) if separate_channels else [scaled]
+    windows = keras.ops.concatenate([Windows()(part) for part in parts], axis=1)
     hidden = keras.layers.Concatenate()([windows, keras.layers.RepeatVector(windows.shape[1])(log_noise_std)])
     found = []
     for width in (128, 64):
@@ -270,7 +274,8 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0)
         found.append(keras.ops.sum(hidden, axis=1))
     hidden = keras.layers.Flatten()(hidden)
     for width in widths:
-        hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
+        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
+        hidden = _stack_dense_layers(hidden, (width,), activation, initializers)
     hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
     gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
     base_measure = gaussian(x, log_noise_std) + mixture(x, log_noise_std)
@@ -353,11 +358,6 @@ def _energy_model(name, x, log_noise_std, hidden, base_measure, initializer):
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=initializer, dtype=exact)(hidden)
     log_density = keras.layers.Add(dtype=exact)([correction, base_measure])
     return keras.Model(x if log_noise_std is None else [x, log_noise_std], log_density, name=name)
-
-
-def _append_level(hidden, log_noise_std):
-    """Append the noise level (batch, 1), if there is one, to features (batch, n)."""
-    return hidden if log_noise_std is None else keras.layers.Concatenate()([hidden, log_noise_std])
 
 
 def _stack_dense_layers(hidden, widths, activation, initializers):

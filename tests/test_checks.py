@@ -61,8 +61,8 @@ REFUSED = {
     "latent_dim": (lambda v: build_generator(latent_dim=v), SIZE.format("latent_dim"), INTEGERS),
     "features of energy net": (
         lambda v: build_energy_net(num_features=v),
-        "num_features, .* must be an integer of at least 1, got ",
-        [-1, 2.5, True, False],  # 0 and None are allowed
+        "num_features, .* must be an integer of at least 0, got ",
+        [-1, 2.5, True, False],  # None is allowed, too
     ),
     "features of generator": (
         lambda v: build_generator(num_features=v),

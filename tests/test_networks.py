@@ -195,7 +195,7 @@ CHANGES = {"num_features": 5, "feature_scale": 2.0, "data_std": 3.0, "widths": (
         (
             lambda **options: lambda x: build_image_energy_net(**options)([x, normal(4, 1)]),
             {"images": IMAGES, "widths": (5, 5)},
-            {"images": IMAGES + 0.1, "widths": (4,), "activation": "tanh", "seed": 1},
+            {"images": IMAGES + 0.1, "widths": (4,), "activation": "tanh", "seed": 1, "separate_channels": True},
             (4, 3, 2),
         ),
         (
@@ -233,6 +233,16 @@ def test_image_energy_net_starts_at_the_gaussian_of_the_data_and_the_mixture_of_
     (mixture,) = (layer for layer in net.layers if isinstance(layer, PixelMixture))
     expected += mixture(x, np.log(levels)[:, None]).numpy()[:, 0]
     np.testing.assert_allclose(net([x, np.log(levels)[:, None]])[:, 0], expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("separate_channels", "windows_that_change"), [(False, [True]), (True, [False, True])])
+def test_channels_meet_in_the_windows_or_after_them(separate_channels, windows_that_change):
+    net = build_image_energy_net(IMAGES, (5,), separate_channels=separate_channels)
+    first_layer = next(layer for layer in net.layers if isinstance(layer, keras.layers.Dense))
+    look = keras.Model(net.inputs, first_layer.output)
+    level, clean = np.zeros((1, 1), np.float32), IMAGES[:1].astype(np.float32)
+    changed = clean + np.array([0, 1], np.float32)  # the second channel alone
+    assert np.any(look([changed, level]) != look([clean, level]), axis=-1).tolist() == [windows_that_change]
 
 
 def test_pixels_have_their_shares_of_black_and_white():
