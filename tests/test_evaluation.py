@@ -152,12 +152,12 @@ def test_log_density_is_called_once_with_points_of_the_square():
     np.testing.assert_allclose(points.mean(axis=0), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_log_densities_that_are_not_numbers_are_refused(value):
+@pytest.mark.parametrize(("first", "others"), [(np.nan, 0), (np.inf, 0), (-np.inf, -np.inf)])
+def test_log_densities_without_a_finite_maximum_are_refused(first, others):
     def log_density(points):
-        return np.append(np.zeros(len(points) - 1), value)
+        return np.append(first, np.full(len(points) - 1, others))
 
-    with pytest.raises(ValueError, match="finite numbers or minus infinity"):
+    with pytest.raises(ValueError, match=f"log_density must be finite or -inf, .* maximum is {first}"):
         density_metrics(log_density, exact("rings", 0.1))
 
 
