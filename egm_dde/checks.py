@@ -220,6 +220,16 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     return points
 
 
+def log_densities(log_density, points):
+    """Return the log densities (n,) of points as float64: finite numbers or minus infinity, some of them finite."""
+    values = np.asarray(log_density(points), dtype=np.float64)
+    if values.shape not in ((len(points),), (len(points), 1)):
+        raise ValueError(f"log_density must return shape (n,) or (n, 1), got {values.shape} for n = {len(points)}")
+    if not np.isfinite(values.max()):  # the maximum is NaN if any value is
+        raise ValueError(f"log_density must be finite or -inf, finite somewhere; its maximum is {values.max()}")
+    return values.ravel()
+
+
 def format_shape(shape):
     """Write a shape such as ("batch", 2) for people."""
     return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"

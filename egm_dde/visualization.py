@@ -20,7 +20,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
-from egm_dde.checks import check_integer, check_interval, check_points, check_positive, format_duration
+from egm_dde.checks import check_integer, check_interval, check_points, check_positive, format_duration, log_densities
 from egm_dde.files import replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
@@ -33,13 +33,8 @@ def grid_density(log_density, limit=4.0, resolution=100):
     Its sum times the area of a cell is 1. The log density may be minus infinity where the density is zero.
     """
     points = _grid_points(limit, resolution)
-    values = np.asarray(log_density(points), dtype=np.float64)
-    if values.shape not in ((len(points),), (len(points), 1)):
-        raise ValueError(f"log_density must return shape (n,) or (n, 1), got {values.shape} for n = {len(points)}")
-    highest = values.max()
-    if not np.isfinite(highest):  # the maximum is NaN if any value is
-        raise ValueError(f"log_density must be finite or -inf, finite somewhere; its maximum is {highest}")
-    density = np.exp(values - highest).reshape(resolution, resolution)
+    values = log_densities(log_density, points)
+    density = np.exp(values - values.max()).reshape(resolution, resolution)
     cell_area = (2 * limit / resolution) ** 2
     return density / (density.sum() * cell_area)
 
