@@ -144,7 +144,7 @@ def test_short_density_benchmark(tmp_path):
 @pytest.mark.slow
 def test_short_images_with_backup(tmp_path):
     backup = tmp_path / "backup"
-    notebook = run(tmp_path, "images", STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
+    notebook = run(tmp_path, "images", STEPS=2, DENSITY_STEPS=2, SEED=1, BACKUP_DIR=backup, OUTPUT_DIR="pictures")
     check_outputs(notebook)
     pictures = tmp_path / "examples" / "pictures"
     written = {path.name for path in pictures.iterdir()}
@@ -161,7 +161,9 @@ def test_short_images_with_backup(tmp_path):
 def test_short_images_from_local_files(tmp_path, dataset):
     write_faces(tmp_path / "data")
     write_mnist(tmp_path / "data")
-    notebook = run(tmp_path, "images", STEPS=1, DATASET=dataset, DATA_DIR=tmp_path / "data", STRATEGY="mirrored")
+    notebook = run(
+        tmp_path, "images", STEPS=1, DENSITY_STEPS=1, DATASET=dataset, DATA_DIR=tmp_path / "data", STRATEGY="mirrored"
+    )
     check_outputs(notebook)
     egm = EGM.load(tmp_path / "examples" / "example_images" / f"{dataset}.keras")
     assert egm.sample(2, seed=0).shape == ((2, 32, 32, 3) if dataset == "celeba" else (2, 28, 28, 3))
