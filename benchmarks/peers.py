@@ -253,7 +253,7 @@ def train_ours(dataset, seed, budget, arguments):
     model = train_models.train_egm(dataset, seed, 1 + max(0, later_epochs))
     numbers = {"training_seconds": process_time() - start, "steps": model.num_steps}
     log_density = partial(model.dde_real.log_density, noise_std=NOISE_STD)
-    corrected = partial(sample_corrected, model, seed=seed)  # the generator, two log densities and their gradients
+    corrected = partial(sample_corrected, model, seed=seed)  # the generator, two log densities, two scores
     samplers = {"": (1, partial(model.sample, seed=seed)), "-corrected": (5, corrected)}
     return samplers, log_density, numbers
 

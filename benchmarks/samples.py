@@ -1,5 +1,6 @@
 """Generated points: corrected by the two densities of a model, and measured against the exact density."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -22,12 +23,14 @@ def sample_corrected(model, n_samples, seed):
 
 
 def correct(points, dde_real, dde_fake, rng):
-    """Reject points where there are too many and move the others by a step, as the tutorial does."""
-    log_real, score_real = dde_real(points, noise_std=NOISE_STD)
-    log_fake, score_fake = dde_fake(points, noise_std=NOISE_STD)
-    log_ratio = (log_real - log_fake).numpy()[:, 0]
+    """Add noise, reject where there are too many points, and follow the probability flow back, as the tutorial does."""
+    noise_std = math.sqrt(2) * NOISE_STD
+    noisy = points + noise_std * rng.standard_normal(points.shape, dtype=np.float32)
+    log_real, score = dde_real(noisy, noise_std=noise_std)
+    log_ratio = (log_real - dde_fake.log_density(noisy, noise_std=noise_std)).numpy()[:, 0]
     is_kept = rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))
-    return (points + NOISE_STD**2 * (score_real - score_fake)).numpy()[is_kept]
+    halfway = noisy + NOISE_STD**2 / 2 * score  # in variance: NOISE_STD is left of the noise
+    return (noisy + NOISE_STD**2 * dde_real.score(halfway, noise_std=NOISE_STD)).numpy()[is_kept]
 
 
 def measure(dataset, samples, seed):
