@@ -29,7 +29,7 @@ def correct(points, dde_real, dde_fake, rng):
     log_real, score = dde_real(noisy, noise_std=noise_std)
     log_ratio = (log_real - dde_fake.log_density(noisy, noise_std=noise_std)).numpy()[:, 0]
     is_kept = rng.random(len(points)) < np.exp(np.minimum(0, log_ratio - np.median(log_ratio)))
-    halfway = noisy + NOISE_STD**2 / 2 * score  # in variance: NOISE_STD is left of the noise
+    halfway = noisy + NOISE_STD**2 / 2 * score  # of the variance; noise of NOISE_STD is left
     return (noisy + NOISE_STD**2 * dde_real.score(halfway, noise_std=NOISE_STD)).numpy()[is_kept]
 
 
