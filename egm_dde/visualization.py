@@ -229,15 +229,12 @@ class ProgressBar(keras.callbacks.Callback):
         ending = f", {format_duration(pace * (num_steps - steps_made))} to go"
         self._show(steps_made / num_steps, f"epoch {self._epoch + 1}/{self.params['epochs']}", logs, ending)
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._logs = logs or {}
-
     def on_train_end(self, logs=None):
         if self._first_epoch is None:  # there was nothing to train
             return
         num_epochs = self._epoch + 1 - self._first_epoch
         duration = format_duration(time.monotonic() - self._start)
-        self._show(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", self._logs, is_last=True)
+        self._show(1.0, f"{num_epochs} epoch{'s' * (num_epochs != 1)} in {duration}", logs or {}, is_last=True)
 
     def _show(self, fraction, heading, logs, ending="", is_last=False):
         text = ", ".join([heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]) + ending

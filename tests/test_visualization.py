@@ -335,8 +335,7 @@ def run_bar(monkeypatch, every_seconds, durations, loss, last_logs):
         for batch, duration in enumerate(steps):
             clock.now += duration
             bar.on_train_batch_end(batch, {"gen_loss": loss})
-        bar.on_epoch_end(epoch, last_logs)
-    bar.on_train_end()
+    bar.on_train_end(last_logs)
 
 
 def test_progress_bar_text(shown, monkeypatch):
