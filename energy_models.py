@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from egm_dde import checks, draws
 from egm_dde.density import DensityModel, per_event
-from egm_dde.generation import GeneratorModel, copy_network, copy_optimizer
+from egm_dde.generation import GeneratorModel, copy_network
 from egm_dde.networks import build_energy_net, build_generator, build_image_energy_net, build_image_generator
 from egm_dde.targets import average_over_sources, expected_square
 
@@ -234,7 +234,10 @@ class EGM(GeneratorModel):
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
         gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5))
         real_optimizer = keras.optimizers.get(real_optimizer or dde_optimizer)
-        super().compile(copy_optimizer(gen_optimizer), **options)
+        # Copies with the same settings: an optimizer belongs to the variables it was built on.
+        optimizers = (gen_optimizer, real_optimizer, dde_optimizer)
+        of_generator, of_real, of_fake = (optimizer.from_config(optimizer.get_config()) for optimizer in optimizers)
+        super().compile(of_generator, **options)
         self.optimizer.build(self.generator.trainable_variables)
-        self.dde_real.compile(copy_optimizer(real_optimizer), jit_compile=self.jit_compile)
-        self.dde_fake.compile(copy_optimizer(dde_optimizer), jit_compile=self.jit_compile)
+        self.dde_real.compile(of_real, jit_compile=self.jit_compile)
+        self.dde_fake.compile(of_fake, jit_compile=self.jit_compile)

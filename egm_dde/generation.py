@@ -112,8 +112,3 @@ def copy_network(net):
         copy.build(checks.input_shape(net))
     copy.set_weights(net.get_weights())
     return copy
-
-
-def copy_optimizer(optimizer):
-    """A fresh optimizer with the same settings: an optimizer belongs to the variables it was built on."""
-    return type(optimizer).from_config(optimizer.get_config())
