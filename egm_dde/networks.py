@@ -202,7 +202,8 @@ def build_energy_net(
     checks.check_integer("num_features, unless it is None,", num_features, 0)
     seed = checks.check_seed(seed)
     initializers = _initializers("GlorotUniform", seed)
-    x, log_noise_std = _energy_inputs((dim,), noise_conditional)
+    x = keras.Input((dim,), dtype=_exact_type(), name="x")
+    log_noise_std = keras.Input((1,), dtype=_exact_type(), name="log_noise_std") if noise_conditional else None
     first = RandomFourierFeatures(num_features, feature_scale, seed) if num_features else NoiseScaling(data_std)
     hidden = first(x, log_noise_std)
     if noise_conditional:
@@ -255,30 +256,33 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0,
         images: images to train on (n, height, width, channels), for mean, covariance and shares of black and white,
             which are the smallest and the largest number in them; 20,000 images are used at most.
         widths, activation, seed: as in ``build_energy_net``.
-        separate_channels: whether each window looks at one channel alone, for channels that have little in common; the
-            colours of a photograph have much.
+        separate_channels: whether Gaussian, windows and the first of ``widths`` look at each channel alone, all with
+            the same weights, for channels that have little in common; the colours of a photograph have much.
     """
-    statistics, event_shape = _principal_components(images), np.shape(images)[1:]
+    event_shape = checks.check_images(images).shape[1:]
+    num_parts = event_shape[-1] if separate_channels else 1
+    statistics = _principal_components(np.concatenate(np.split(images[: 20_000 // num_parts], num_parts, axis=-1)))
     checks.check_sizes_and_scales({}, widths, {})
     initializers = _initializers("GlorotUniform", checks.check_seed(seed))
-    x, log_noise_std = _energy_inputs(event_shape, noise_conditional=True)
+    x = keras.Input(event_shape, dtype=_exact_type(), name="x")
+    log_noise_std = keras.Input((1,), dtype=_exact_type(), name="log_noise_std")
     data_std = math.sqrt(np.mean(np.var(images[:20_000], axis=0)))
     scaled = NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
     scaled = keras.ops.reshape(scaled, (-1, *event_shape))
-    parts = keras.ops.split(scaled, event_shape[-1], axis=-1) if separate_channels else [scaled]
-    windows = keras.ops.concatenate([Windows()(part) for part in parts], axis=1)
-    hidden = keras.layers.Concatenate()([windows, keras.layers.RepeatVector(windows.shape[1])(log_noise_std)])
+    windows = keras.ops.stack([Windows()(part) for part in keras.ops.split(scaled, num_parts, axis=-1)], axis=1)
+    hidden = _append_level(windows, log_noise_std)  # (batch, parts, windows, pixels and level)
     found = []
     for width in (128, 64):
         hidden = _stack_dense_layers(hidden, (width,), activation, initializers)
-        found.append(keras.ops.sum(hidden, axis=1))
-    hidden = keras.layers.Flatten()(hidden)
+        found.append(keras.ops.sum(hidden, axis=(1, 2)))
+    hidden = keras.layers.Reshape((num_parts, -1))(hidden)
     for width in widths:
-        hidden = keras.layers.Concatenate()([hidden, log_noise_std])
-        hidden = _stack_dense_layers(hidden, (width,), activation, initializers)
+        hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
+        hidden = keras.layers.Flatten()(hidden)
     hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
     gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
-    base_measure = gaussian(x, log_noise_std) + mixture(x, log_noise_std)
+    parts = keras.ops.split(x, num_parts, axis=-1)
+    base_measure = sum((gaussian(part, log_noise_std) for part in parts), mixture(x, log_noise_std))
     gaussian.set_weights(statistics)
     mixture.set_weights(_pixel_statistics(images))
     return _energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initializers))
@@ -345,12 +349,6 @@ def _exact_type():
     return keras.config.dtype_policy().variable_dtype
 
 
-def _energy_inputs(event_shape, noise_conditional):
-    """The inputs x and log(noise_std) of an energy network; the second is None in one of a single level."""
-    x = keras.Input(event_shape, dtype=_exact_type(), name="x")
-    return x, keras.Input((1,), dtype=_exact_type(), name="log_noise_std") if noise_conditional else None
-
-
 def _energy_model(name, x, log_noise_std, hidden, base_measure, initializer):
     """The model whose output is one number from the hidden units, plus the log density of the base measure."""
     exact = _exact_type()
@@ -358,6 +356,12 @@ def _energy_model(name, x, log_noise_std, hidden, base_measure, initializer):
     correction = keras.layers.Dense(1, use_bias=False, kernel_initializer=initializer, dtype=exact)(hidden)
     log_density = keras.layers.Add(dtype=exact)([correction, base_measure])
     return keras.Model(x if log_noise_std is None else [x, log_noise_std], log_density, name=name)
+
+
+def _append_level(hidden, log_noise_std):
+    """Append the noise level to hidden units (batch, ..., units)."""
+    level = keras.ops.reshape(log_noise_std, (-1, *(1,) * (len(hidden.shape) - 1)))
+    return keras.layers.Concatenate()([hidden, level * keras.ops.ones_like(hidden[..., :1])])
 
 
 def _stack_dense_layers(hidden, widths, activation, initializers):

@@ -216,18 +216,22 @@ def test_every_option_of_a_network_matters(build, options, changes, event_shape)
 # --- Networks of images ---
 
 
-def test_image_energy_net_starts_at_the_gaussian_of_the_data_and_the_mixture_of_its_pixels():
+@pytest.mark.parametrize("separate_channels", [False, True])
+def test_image_energy_net_starts_at_the_gaussian_of_the_data_and_the_mixture_of_its_pixels(separate_channels):
     # Without the correction, it is the log density of N(mean, covariance + noise_std^2 I), and that of the mixture.
-    net = build_image_energy_net(IMAGES, (5,))
+    net = build_image_energy_net(IMAGES, (5,), separate_channels=separate_channels)
     assert sizes_of(net, keras.layers.Dense, "units") == [128, 64, 5, 1]
     last_layer = [layer for layer in net.layers if isinstance(layer, keras.layers.Dense)][-1]
-    last_layer.set_weights([np.zeros((128 + 64 + 5, 1))])
+    last_layer.set_weights([np.zeros((128 + 64 + 5 * (1 + separate_channels), 1))])
     flat = IMAGES.reshape(50, -1)
-    covariance = np.cov(flat, rowvar=False)
+    mean, covariance = flat.mean(axis=0), np.cov(flat, rowvar=False)
+    if separate_channels:  # they have one mean and covariance, and nothing to do with each other
+        flat = IMAGES.transpose(0, 3, 1, 2).reshape(100, -1)
+        mean, covariance = np.repeat(flat.mean(axis=0), 2), np.kron(np.cov(flat, rowvar=False), np.eye(2))
     x = (IMAGES[:6] + normal(6, 4, 3, 2)).astype(np.float32)
     levels = np.geomspace(0.5, 3, 6, dtype=np.float32)
     expected = [
-        stats.multivariate_normal(flat.mean(axis=0), covariance + level**2 * np.eye(24)).logpdf(image.ravel())
+        stats.multivariate_normal(mean, covariance + level**2 * np.eye(24)).logpdf(image.ravel())
         for image, level in zip(x, levels, strict=True)
     ]
     (mixture,) = (layer for layer in net.layers if isinstance(layer, PixelMixture))
@@ -235,14 +239,17 @@ def test_image_energy_net_starts_at_the_gaussian_of_the_data_and_the_mixture_of_
     np.testing.assert_allclose(net([x, np.log(levels)[:, None]])[:, 0], expected, rtol=1e-2)
 
 
-@pytest.mark.parametrize(("separate_channels", "windows_that_change"), [(False, [True]), (True, [False, True])])
-def test_channels_meet_in_the_windows_or_after_them(separate_channels, windows_that_change):
-    net = build_image_energy_net(IMAGES, (5,), separate_channels=separate_channels)
-    first_layer = next(layer for layer in net.layers if isinstance(layer, keras.layers.Dense))
-    look = keras.Model(net.inputs, first_layer.output)
+@pytest.mark.parametrize(("separate_channels", "parts_that_change"), [(False, [True]), (True, [False, True])])
+def test_channels_meet_in_the_windows_or_after_the_first_wide_layer(separate_channels, parts_that_change):
+    net = build_image_energy_net(IMAGES, (5, 4), separate_channels=separate_channels)
+    layers = [layer for layer in net.layers if isinstance(layer, keras.layers.Dense)]
     level, clean = np.zeros((1, 1), np.float32), IMAGES[:1].astype(np.float32)
     changed = clean + np.array([0, 1], np.float32)  # the second channel alone
-    assert np.any(look([changed, level]) != look([clean, level]), axis=-1).tolist() == [windows_that_change]
+    for layer in layers[:3]:
+        look = keras.Model(net.inputs, layer.output)
+        units = np.reshape(look([changed, level]) != look([clean, level]), (len(parts_that_change), -1))
+        assert units.any(axis=-1).tolist() == parts_that_change
+    assert layers[3].input.shape == (None, 5 * len(parts_that_change) + 1)  # all channels, and the level
 
 
 def test_pixels_have_their_shares_of_black_and_white():
