@@ -278,7 +278,7 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0,
     hidden = keras.layers.Reshape((num_parts, -1))(hidden)
     for width in widths:
         hidden = _stack_dense_layers(_append_level(hidden, log_noise_std), (width,), activation, initializers)
-        hidden = keras.layers.Flatten()(hidden)
+        hidden = keras.layers.Flatten()(hidden)  # the first layer looks at each part, those after it at all of them
     hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
     gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
     parts = keras.ops.split(x, num_parts, axis=-1)
