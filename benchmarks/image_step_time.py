@@ -1,0 +1,106 @@
+"""Time of one training step of ``examples/images.ipynb``: operation by operation, and compiled by XLA.
+
+The networks, batches and inner steps are the notebook's (but stacks have the plain generator of images). Every variant
+has a process of its own, and they take turns: a machine that slows down slows them all down.
+
+    python benchmarks/image_step_time.py
+"""
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+from egm_dde.runtime import prepare_process
+
+IMAGES = {  # shape and batch size
+    "digits, 8 x 8": ((8, 8, 1), 64),
+    "digits and clothes, 28 x 28": ((28, 28, 1), 64),
+    "stacks of digits, 28 x 28": ((28, 28, 3), 21),
+}
+VARIANTS = {  # threads of an operation, 0 for one on each core, and whether XLA compiles the step
+    "operations on one thread each": ("1", False),
+    "operations on all cores": ("0", False),
+    "XLA on all cores": ("0", True),
+}
+NUM_ROUNDS = 7
+SECONDS_PER_ROUND = 4
+
+
+def prepare(shape, batch_size, num_threads, jit_compile):
+    """Build a model, in a process of its own, and compile its step."""
+    os.environ["TF_NUM_INTRAOP_THREADS"] = num_threads
+    prepare_process()
+    import tensorflow as tf
+
+    from energy_models import DDE, EGM, build_image_energy_net, build_image_generator
+
+    images = np.random.default_rng(0).uniform(-1, 1, (1000, *shape)).astype(np.float32)
+
+    def build_dde(seed):
+        net = build_image_energy_net(images, seed=seed, separate_channels=shape[-1] > 1)
+        return DDE(net, (0.1, 9.0), dual_weight=0, seed=seed)
+
+    dde_real, generator = build_dde(0), build_image_generator(images, latent_dim=32)
+    dde_real.trainable = False
+    model = EGM(dde_real, build_dde(1), generator, latents_per_point=4, level_power=2, seed=0)
+    model.compile(jit_compile=jit_compile)
+    iterator = iter(tf.data.Dataset.from_tensors(images[:batch_size]).repeat())
+    model.make_train_function()
+
+    global run  # what this process is asked for
+
+    def run(num_steps):
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            model.train_function(iterator)
+        model.generator.weights[-1].numpy()  # wait for the last step
+        return (time.perf_counter() - start) / num_steps
+
+    run(2)
+
+
+def measure(num_steps):
+    """Return the seconds of a step, a mean over some."""
+    return run(num_steps)
+
+
+def main():
+    """Measure, and write the section of README.md."""
+    import report
+
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    for name, (shape, batch_size) in IMAGES.items():
+        pools = [context.Pool(1, prepare, (shape, batch_size, *variant)) for variant in VARIANTS.values()]
+        seconds = [pool.apply(measure, (3,)) for pool in pools]
+        num_steps = [max(1, int(SECONDS_PER_ROUND / each)) for each in seconds]
+        rounds = np.array(
+            [
+                [pool.apply(measure, (num,)) for pool, num in zip(pools, num_steps, strict=True)]
+                for _ in range(NUM_ROUNDS)
+            ]
+        )
+        for pool in pools:
+            pool.terminate()
+        ratios = rounds[:, :-1] / rounds[:, -1:]  # others / XLA, in the same round
+        rows.append(
+            [
+                name,
+                *(f"{1e3 * value:.0f} ms" for value in np.median(rounds, axis=0)),
+                *(f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})" for ratio in ratios.T),
+            ]
+        )
+        print(rows[-1], file=sys.stderr)
+    header = ["Images", *VARIANTS, *(f"{variant} / XLA" for variant in list(VARIANTS)[:-1])]
+    text = f"{report.make_table(header, rows)}\n\n{report.describe_run(['tensorflow', 'keras'])}"
+    report.write_section("image step time", text)
+
+
+if __name__ == "__main__":
+    main()
