@@ -9,12 +9,12 @@ has a process of its own, and they take turns: a machine that slows down slows t
 import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+from step_time import time_steps
 
 from egm_dde.runtime import prepare_process
 
@@ -33,7 +33,8 @@ SECONDS_PER_ROUND = 4
 
 
 def prepare(shape, batch_size, num_threads, jit_compile):
-    """Build a model, in a process of its own, and compile its step."""
+    """Build the model of this process, and compile its step."""
+    global model, iterator
     os.environ["TF_NUM_INTRAOP_THREADS"] = num_threads
     prepare_process()
     import tensorflow as tf
@@ -52,22 +53,12 @@ def prepare(shape, batch_size, num_threads, jit_compile):
     model.compile(jit_compile=jit_compile)
     iterator = iter(tf.data.Dataset.from_tensors(images[:batch_size]).repeat())
     model.make_train_function()
-
-    global run  # what this process is asked for
-
-    def run(num_steps):
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            model.train_function(iterator)
-        model.generator.weights[-1].numpy()  # wait for the last step
-        return (time.perf_counter() - start) / num_steps
-
-    run(2)
+    measure(2)
 
 
 def measure(num_steps):
-    """Return the seconds of a step, a mean over some."""
-    return run(num_steps)
+    """Return the seconds of a step of the model of this process."""
+    return time_steps(model, iterator, num_steps)
 
 
 def main():

@@ -9,12 +9,13 @@ before the first step.
 import multiprocessing
 import resource
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+from step_time import time_steps
 
 from egm_dde.runtime import prepare_process
 
@@ -48,13 +49,7 @@ def measure(setting):
     before = peak_memory()
     model.make_train_function()
 
-    def run(num_steps):
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            model.train_function(iterator)
-        model.generator.weights[-1].numpy()  # wait for the last step
-        return (time.perf_counter() - start) / num_steps
-
+    run = partial(time_steps, model, iterator)
     run(2)
     num_steps = max(1, min(20, int(1 / run(1))))
     return np.median([run(num_steps) for _ in range(5)]), peak_memory() - before
