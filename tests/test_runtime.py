@@ -46,7 +46,7 @@ def num_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 num_faults()
-print(num_faults())
+print(min(num_faults() for _ in range(3)))
 """
 
 
@@ -68,7 +68,7 @@ dde = DDE(build_energy_net())
 dde.compile()
 dde.fit(DATA, verbose=0)
 num_faults(30)
-print(num_faults(30))
+print(min(num_faults(30) for _ in range(3)))
 """
 DATA = {"array": "np.zeros((8, 2))", "dataset": "tf.data.Dataset.from_tensors(tf.zeros([8, 2]))"}
 
