@@ -18,11 +18,12 @@ from step_time import time_steps
 
 from egm_dde.runtime import prepare_process
 
-IMAGES = {  # shape and batch size
-    "digits, 8 x 8": ((8, 8, 1), 64),
-    "digits and clothes, 28 x 28": ((28, 28, 1), 64),
-    "stacks of digits, 28 x 28": ((28, 28, 3), 21),
+SHAPES = {
+    "digits, 8 x 8": (8, 8, 1),
+    "digits and clothes, 28 x 28": (28, 28, 1),
+    "stacks of digits, 28 x 28": (28, 28, 3),
 }
+BATCH_SIZE = 64
 VARIANTS = {  # threads of an operation, 0 for one on each core, and whether XLA compiles the step
     "operations on one thread each": ("1", False),
     "operations on all cores": ("0", False),
@@ -32,7 +33,7 @@ NUM_ROUNDS = 7
 SECONDS_PER_ROUND = 4
 
 
-def prepare(shape, batch_size, num_threads, jit_compile):
+def prepare(shape, num_threads, jit_compile):
     """Build the model of this process, and compile its step."""
     global model, iterator
     os.environ["TF_NUM_INTRAOP_THREADS"] = num_threads
@@ -51,7 +52,7 @@ def prepare(shape, batch_size, num_threads, jit_compile):
     dde_real.trainable = False
     model = EGM(dde_real, build_dde(1), generator, latents_per_point=4, level_power=2, seed=0)
     model.compile(jit_compile=jit_compile)
-    iterator = iter(tf.data.Dataset.from_tensors(images[:batch_size]).repeat())
+    iterator = iter(tf.data.Dataset.from_tensors(images[:BATCH_SIZE]).repeat())
     model.make_train_function()
     measure(2)
 
@@ -67,8 +68,8 @@ def main():
 
     context = multiprocessing.get_context("spawn")
     rows = []
-    for name, (shape, batch_size) in IMAGES.items():
-        pools = [context.Pool(1, prepare, (shape, batch_size, *variant)) for variant in VARIANTS.values()]
+    for name, shape in SHAPES.items():
+        pools = [context.Pool(1, prepare, (shape, *variant)) for variant in VARIANTS.values()]
         seconds = [pool.apply(measure, (3,)) for pool in pools]
         num_steps = [max(1, int(SECONDS_PER_ROUND / each)) for each in seconds]
         rounds = np.array(
