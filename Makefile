@@ -52,7 +52,7 @@ test-all: $(INSTALLED) ## Run all tests but those in a browser
 	$(VENV)/bin/python -m pytest -m "not browser" $(PYTEST_PARALLEL)
 
 # The method, its training and files, and the ready-made models: what an application depends on.
-CORE := draws targets density generation energy_models training files example_models
+CORE := draws targets answers energy_models training files example_models
 OLDEST_TESTS ?= $(wildcard $(CORE:%=tests/test_%.py))
 test-oldest: $(INSTALLED_OLDEST) ## Run the core tests with the oldest versions of the packages (two minutes)
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_PARALLEL) $(OLDEST_TESTS)
@@ -84,7 +84,8 @@ $(VENV)/bin/pip:
 	    exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): requirements-library.txt requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
+REQUIREMENTS := requirements-library.txt requirements-pictures.txt
+$(INSTALLED): $(REQUIREMENTS) requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/python -m pip install --disable-pip-version-check \
 	    -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	@touch $@
@@ -102,7 +103,8 @@ $(OLDEST)/bin/pip:
 	    echo "the oldest TensorFlow needs Python 3.10 to 3.12; name one: make test-oldest PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(OLDEST)
 
-$(INSTALLED_OLDEST): requirements-library.txt constraints-oldest.txt | $(OLDEST)/bin/pip
+# The core tests write a GIF, too.
+$(INSTALLED_OLDEST): $(REQUIREMENTS) constraints-oldest.txt | $(OLDEST)/bin/pip
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check \
-	    -r requirements-library.txt pytest pytest-xdist hypothesis -c constraints-oldest.txt
+	    $(REQUIREMENTS:%=-r %) pytest pytest-xdist hypothesis -c constraints-oldest.txt
 	@touch $@

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from egm_dde.files import replacing
 
 FOLDER = Path(__file__).parent
+LINE_LENGTH = 120  # of Markdown; rows of tables stay whole
 
 
 def describe_run(packages):
@@ -74,12 +76,19 @@ def summarise(rows, name, digits):
     return describe_spread([float(row.get(name) or "nan") for row in rows], lambda value: f"{value:.{digits}f}")
 
 
+def wrap_text(text):
+    """Break the lines of a Markdown text that are too long, but not the rows of its tables, nor words."""
+    wrapper = textwrap.TextWrapper(LINE_LENGTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith("|") else wrapper.fill(line) for line in text.splitlines())
+
+
 def write_section(name, text, path=FOLDER / "README.md"):
-    """Put a text between the lines ``<!-- name -->`` and ``<!-- end of name -->`` of a Markdown file.
+    """Put a text, its lines wrapped, between ``<!-- name -->`` and ``<!-- end of name -->`` of a Markdown file.
 
     Raises:
         ValueError: if the file has no such lines.
     """
+    text = wrap_text(text)
     content = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     pattern = re.compile(f"({re.escape(begin)}).*?({re.escape(end)})", flags=re.DOTALL)
