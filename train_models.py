@@ -19,7 +19,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from egm_dde import evaluation, visualization
-from egm_dde.files import replacing
+from egm_dde.files import check_writable, replacing
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS, distances_to_modes, noisy_density_2d, sample_2d_data
 
@@ -160,12 +160,17 @@ def main():
     parser.add_argument("--dataset", default=DATASETS[1], choices=DATASETS, help="to film")
     parser.add_argument("--output-dir", default="example_images", help="folder of the films")
     arguments = parser.parse_args()
+    films = make_films(arguments.dataset, arguments.output_dir, arguments.seed) if arguments.gifs else []
+    names = (*(f"{dataset}.keras" for dataset in DATASETS), "gallery.png")
+    try:
+        for path in [film.path for film in films] or [FOLDER / name for name in names]:
+            check_writable(path)
+    except OSError as error:
+        parser.error(str(error))
     if arguments.gifs:
-        films = make_films(arguments.dataset, arguments.output_dir, arguments.seed)
         train_egm(arguments.dataset, arguments.seed, arguments.epochs, callbacks=films, verbose=2)
         print(*(film.path for film in films), "written")
         return
-    FOLDER.mkdir(exist_ok=True)
     models = {}
     for dataset in DATASETS:
         models[dataset] = train_egm(dataset, arguments.seed, arguments.epochs)

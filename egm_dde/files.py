@@ -1,6 +1,7 @@
 """Files that are replaced as a whole or not at all: a kill or a full disk leaves the old one."""
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -24,12 +25,30 @@ def replacing(path):
             if new.is_dir() and place.exists():  # only files can be replaced in one go
                 moved.append((old, place))
                 os.rename(place, old)
+            with contextlib.suppress(OSError):  # there is no old file, or its file system has no permissions
+                shutil.copymode(place, new)
             os.replace(new, place)
     finally:
         for old, place in moved:
             if not place.exists():  # an error or Ctrl-C came between the two renames
                 os.rename(old, place)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(path):
+    """Raise OSError unless ``replacing`` can write a file: replace it by its copy. Missing folders are made."""
+    path = Path(path)
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        with replacing(path) as temporary:
+            if path.exists():
+                shutil.copyfile(path, temporary)
+                with contextlib.suppress(OSError):
+                    shutil.copystat(path, temporary)
+    except OSError as error:
+        hint = " (if it is mounted on its own, mount its folder instead)" if error.errno == errno.EBUSY else ""
+        raise OSError(f"{path} cannot be written: {error.strerror or error}{hint}") from error
 
 
 class NamedMemory(io.BytesIO):

@@ -5,6 +5,7 @@ The kernel is this Python, in the notebook's folder. An error or Ctrl-C leaves t
 """
 
 import argparse
+import os
 import re
 import shutil
 import signal
@@ -17,18 +18,18 @@ import nbformat
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 
 from egm_dde.checks import format_duration
-from egm_dde.files import replacing
+from egm_dde.files import check_writable, replacing
 
 CLEAR_LINE = "\r\x1b[K"  # on a terminal, and go back to its start
 SECONDS_BETWEEN_LINES = 10  # of progress, where lines cannot be rewritten
 # The same on every machine, so that executing a notebook changes nothing but its outputs.
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
-}
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+LANGUAGE = {"name": "python", "file_extension": ".py", "mimetype": "text/x-python", "nbconvert_exporter": "python"}
+LANGUAGE |= {"codemirror_mode": {"name": "ipython", "version": 3}, "pygments_lexer": "ipython3"}
+METADATA = {"kernelspec": KERNEL, "language_info": LANGUAGE}
 
 
 class ReportingClient(NotebookClient):
@@ -78,12 +79,13 @@ def execute_in_place(path, notebook):
     options = {"record_timing": False, "coalesce_streams": True, "shutdown_kernel": "immediate"}
     # TensorFlow's C++ log ignores Python's streams; captured, it would be kept in the outputs.
     client = ReportingClient(notebook, extra_arguments=["--IPKernelApp.capture_fd_output=False"], **options)
-    with tempfile.TemporaryFile() as kernel_log:  # what compiled libraries write would tear the line of progress
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # figures stay inline
+    with tempfile.TemporaryFile() as log:  # what compiled libraries write would tear the line of progress
         try:
-            client.execute_reporting(cwd=str(path.resolve().parent), stdout=kernel_log, stderr=kernel_log)
-        except DeadKernelError:
-            kernel_log.seek(0)
-            sys.stderr.write(kernel_log.read().decode(errors="replace"))
+            client.execute_reporting(cwd=str(path.resolve().parent), env=environment, stdout=log, stderr=log)
+        except RuntimeError:  # the kernel has died, perhaps while starting
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace"))
             raise
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -91,12 +93,11 @@ def execute_in_place(path, notebook):
     notebook.metadata.update(METADATA)
     with replacing(path) as temporary:
         temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
-        shutil.copymode(path, temporary)
     print(f"{path} written, {format_duration(time.monotonic() - started)} in total")
 
 
 def main(arguments=None):
-    """Run the command line; return its exit status: 0, 1 after an error in a cell, 130 after Ctrl-C."""
+    """Run the command line; return its exit status: 0, 1 after an error, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description="Execute notebooks in place, with progress on the terminal.")
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK", help="path of an .ipynb file")
     notebooks = {}
@@ -105,19 +106,22 @@ def main(arguments=None):
             notebooks[path] = nbformat.read(path, as_version=4)
         except Exception as error:  # nbformat raises errors of many types
             parser.error(f"cannot read {path} as a notebook: {error}")
-    for path, notebook in notebooks.items():
-        try:
+    try:
+        for path in notebooks:
+            check_writable(path)
+        for path, notebook in notebooks.items():
             execute_in_place(path, notebook)
-        except (CellExecutionError, DeadKernelError) as error:
-            message = str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-            print(f"{message}\n{path} is left as it was.", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(f"\nInterrupted; {path} is left as it was.", file=sys.stderr)
-            return 130
+    except (CellExecutionError, OSError, RuntimeError) as error:
+        message = str(error) if sys.stderr.isatty() else re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        print(f"{path} is left as it was: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; {path} is left as it was.", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without some letter must not end the work
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the kernel must not live on
     sys.exit(main())

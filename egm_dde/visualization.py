@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from egm_dde.checks import check_integer, check_interval, check_points, check_positive, format_duration, log_densities
-from egm_dde.files import replacing
+from egm_dde.files import check_writable, replacing
 
 BLUE = "#0072b2"  # with vermilion, a pair that every kind of colour vision tells apart
 VERMILION = "#d55e00"
@@ -158,6 +158,7 @@ class GifCallback(keras.callbacks.Callback):
 
     The first frame shows the model before training and the last one after it. In between, the next one comes after 20 %
     more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
+    A path that cannot be written raises OSError before training.
     """
 
     def __init__(self, path, draw):
@@ -167,6 +168,7 @@ class GifCallback(keras.callbacks.Callback):
         self.path, self.draw = Path(path), draw
 
     def on_train_begin(self, logs=None):
+        check_writable(self.path)
         self._film = None
 
     def on_epoch_begin(self, epoch, logs=None):

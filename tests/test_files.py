@@ -1,7 +1,10 @@
 """Files and folders are replaced whole or not at all."""
 
+import errno
 import os
+import re
 import signal
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 
@@ -33,9 +36,33 @@ def test_replacing_keeps_links_and_brings_companions(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_trial_leaves_everything_as_it_was(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text("old")
+    path.chmod(0o640)
+    os.utime(path, (1, 1))
+    link.symlink_to("missing")
+    for each in (path, link, tmp_path / "new" / "file"):
+        files.check_writable(each)
+    assert (path.read_text(), path.stat().st_mode & 0o777, path.stat().st_mtime) == ("old", 0o640, 1)
+    assert {each.name for each in tmp_path.iterdir()} == {"file", "link", "new"} and link.is_symlink()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("file/below", "there is no folder"), ("folder", "Is a directory"), ("file", "busy .*mount its folder instead")],
+)
+def test_a_path_that_cannot_be_written_is_named(name, reason, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.EBUSY, "Device or resource busy")))
+    with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}/{name} cannot be written: .*{reason}"):
+        files.check_writable(tmp_path / name)
+
+
 def write_folder(path, text):
-    path.mkdir()
-    (path / "variables").mkdir()
+    (path / "variables").mkdir(parents=True)
     (path / "variables" / "weights").write_text(text)
 
 
@@ -81,17 +108,8 @@ def test_an_error_loses_no_folder(error, moment, monkeypatch, tmp_path):
 def test_an_old_folder_that_cannot_be_put_back_is_kept(monkeypatch, tmp_path):
     path = tmp_path / "exported"
     write_folder(path, "old")
-    rename = os.rename
-
-    def fail(source, target):
-        raise OSError
-
-    def rename_once(source, target):
-        monkeypatch.setattr(os, "rename", fail)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", rename_once)
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "rename", Mock(wraps=os.rename, side_effect=[DEFAULT, OSError]))
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError))
     with pytest.raises(OSError), files.replacing(path) as temporary:
         write_folder(temporary, "new")
     assert [each.read_text() for each in tmp_path.glob(".exported.*/exported.old/variables/*")] == ["old"]

@@ -1,12 +1,15 @@
 import contextlib
+import errno
 import functools
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -14,18 +17,11 @@ import pytest
 from egm_dde import notebook
 
 ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "egm_dde.notebook"]
 TRAINING = """
-from IPython.display import display
-
-class Progress:
-    epoch = 0
-    def __repr__(self):
-        return f"epoch {self.epoch}/3, gen_loss 0.123, {3 - self.epoch} s to go"
-
-progress = Progress()
-handle = display(progress, display_id=True)
-for progress.epoch in 1, 2, 3:
-    handle.update(progress)
+handle = display({"text/plain": "start"}, raw=True, display_id=True)
+for epoch in 1, 2, 3:
+    handle.update({"text/plain": f"epoch {epoch}/3, gen_loss 0.123, {3 - epoch} s to go"}, raw=True)
 """
 
 
@@ -34,10 +30,8 @@ def write_notebook(tmp_path):
     """Writes a notebook of the given cells, Markdown where they begin with `#`."""
 
     def write(*sources):
-        cells = [
-            (nbformat.v4.new_markdown_cell if source.startswith("#") else nbformat.v4.new_code_cell)(source)
-            for source in sources
-        ]
+        kinds = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+        cells = [kinds[source.startswith("#")](source) for source in sources]
         path = tmp_path / "notebook.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         return path
@@ -47,6 +41,13 @@ def write_notebook(tmp_path):
 
 def code_cells(path):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def fail(path):
+    """Execute a notebook in vain: it stays as it was, with nothing beside it that was not there before."""
+    before, folder = path.read_bytes(), set(path.parent.iterdir())
+    assert notebook.main([str(path)]) == 1
+    assert path.read_bytes() == before and set(path.parent.iterdir()) == folder
 
 
 def test_outputs_are_written_and_shown_as_they_come(write_notebook, capsys):
@@ -67,7 +68,7 @@ def test_outputs_are_written_and_shown_as_they_come(write_notebook, capsys):
         f"{path}",
         "[2/5] answer = 6 * 7",
         "    (# s)",
-        "[4/5] from IPython.display import display",
+        '[4/5] handle = display({"text/plain": "start"}, raw=True, display_id=True)',
         "    epoch 1/3, gen_loss 0.123, 2 s to go",
         "    epoch 3/3, gen_loss 0.123, 0 s to go",
         "    (# s)",
@@ -97,12 +98,15 @@ def test_kernel_is_this_python_in_the_notebooks_folder_and_environment(write_not
     other_python.write_text(json.dumps({"argv": ["false"], "display_name": "other", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("DATASET", "rings")
-    path = write_notebook("import os, sys\nprint(sys.executable, os.getcwd(), os.environ['DATASET'], sep='\\n')")
+    monkeypatch.setenv("MPLBACKEND", "agg")  # of the shell, where figures are not inline
+    names = "sys.executable, os.getcwd(), os.environ['DATASET'], os.environ['MPLBACKEND']"
+    path = write_notebook(f"import os, sys\nprint({names}, sep='\\n')")
 
     assert notebook.main([str(path)]) == 0
 
-    text = code_cells(path)[0].outputs[0].text
-    assert text.splitlines() == [sys.executable, str(tmp_path.resolve()), "rings"]
+    *lines, backend = code_cells(path)[0].outputs[0].text.splitlines()
+    assert lines == [sys.executable, str(tmp_path.resolve()), "rings"]
+    assert "inline" in backend
 
 
 def test_log_of_compiled_libraries_is_not_kept(write_notebook):
@@ -112,37 +116,49 @@ def test_log_of_compiled_libraries_is_not_kept(write_notebook):
 
 
 def test_error_leaves_the_file_as_it_was(write_notebook, capsys):
-    path = write_notebook("print('fine')", "1 / 0", "print('never')")
-    before = path.read_bytes()
-
-    assert notebook.main([str(path)]) == 1
-
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
+    fail(write_notebook("print('fine')", "1 / 0", "print('never')"))
     printed = capsys.readouterr()
     assert "ZeroDivisionError: division by zero" in printed.err
     assert "\x1b" not in printed.err
     assert "[2/3] 1 / 0" in printed.out and "[3/3]" not in printed.out
 
 
-def test_dead_kernel_leaves_the_file_as_it_was(write_notebook, capfd):
-    path = write_notebook("import os\nn = os.write(2, b'out of luck')\nos._exit(3)")
-    before = path.read_bytes()
+@pytest.mark.parametrize("at_start", [True, False])
+def test_dead_kernel_leaves_the_file_as_it_was(write_notebook, capfd, monkeypatch, at_start):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    death = "import os\nn = os.write(2, b'out of luck')\nos._exit(3)"
+    path = write_notebook(death)
+    if at_start:
+        path.with_name("ipykernel_launcher.py").write_text(death)  # found before the installed one
+    fail(path)
+    printed = capfd.readouterr()
+    assert "out of luck" in printed.err and "Traceback" not in printed.err
+    assert ("[1/1]" in printed.out) != at_start
 
-    assert notebook.main([str(path)]) == 1
 
-    assert path.read_bytes() == before
-    assert "out of luck" in capfd.readouterr().err
+def test_file_that_cannot_be_replaced_is_found_out_before_the_first_cell(write_notebook, capsys, monkeypatch):
+    path = write_notebook("print('never')")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    fail(path)
+    printed = capsys.readouterr()
+    reason = f"{path} cannot be written: Read-only file system"
+    assert (printed.out, printed.err) == ("", f"{path} is left as it was: {reason}\n")
+
+
+def test_letters_that_the_terminal_does_not_have_are_replaced(write_notebook):
+    path = write_notebook("error = '±0.004'\nprint(error)")
+    ascii_terminal = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert b"[1/1] error = '?0.004'" in subprocess.check_output([*COMMAND, path], cwd=ROOT, env=ascii_terminal)
+    assert code_cells(path)[0].outputs[0].text == "±0.004\n"
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_stops_the_kernel_and_leaves_the_file_as_it_was(write_notebook, signal_number):
     path = write_notebook(TRAINING + "import time\ntime.sleep(60)")
     before = path.read_bytes()
-    command = [sys.executable, "-m", "egm_dde.notebook", path]
     listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the background of a shell ignores it
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens
+        [*COMMAND, path], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens
     ) as process:
         while "epoch" not in process.stdout.readline():
             assert process.poll() is None
@@ -154,11 +170,8 @@ def test_interrupt_stops_the_kernel_and_leaves_the_file_as_it_was(write_notebook
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "No such file"), ("no notebook", "as a notebook"), ("[]", "as a notebook")],
-)
-def test_path_without_a_notebook_ends_with_status_2(tmp_path, capsys, content, message):
+@pytest.mark.parametrize("content", [None, "no notebook", "[]"])
+def test_path_without_a_notebook_ends_with_status_2(tmp_path, capsys, content):
     path = tmp_path / "missing.ipynb"
     if content is not None:
         path.write_text(content)
@@ -166,7 +179,7 @@ def test_path_without_a_notebook_ends_with_status_2(tmp_path, capsys, content, m
         notebook.main([str(path)])
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert message in error and str(path) in error
+    assert f"cannot read {path} as a notebook: " in error and ("No such file" in error) == (content is None)
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,7 @@
 """Callbacks, options and programs that people already use: one row each."""
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import tensorflow as tf
 from keras import callbacks
 from keras.optimizers import Adam
 from keras.optimizers.schedules import CosineDecay
+from nbconvert import ScriptExporter
 from small_models import assert_equal_arrays
 
+from egm_dde.notebook import METADATA
 from energy_models import DDE, EGM, build_energy_net, build_generator
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +37,8 @@ def make_model(kind, learning_rate=0.01, **options):
 class Row:
     """How a run with something differs from a plain one, and what has to be true of it."""
 
-    def __init__(self, check, fit=lambda folder, kind: {}, compile=lambda: {}):
-        self.check, self.fit, self.compile = check, fit, compile
+    def __init__(self, check, callbacks=lambda folder, kind: None, compile=lambda: {}, fit=lambda: {}):
+        self.check, self.callbacks, self.compile, self.fit = check, callbacks, compile, fit
 
 
 def is_plain(run, folder, plain):
@@ -100,43 +103,35 @@ def has_slowed_down(run, folder, plain):
 
 
 ROWS = {
-    "CSVLogger": Row(has_logged, lambda folder, kind: {"callbacks": callbacks.CSVLogger(folder / "log.csv")}),
+    "CSVLogger": Row(has_logged, lambda folder, kind: callbacks.CSVLogger(folder / "log.csv")),
     "ModelCheckpoint": Row(
         has_checkpoints,
-        lambda folder, kind: {
-            "callbacks": [
-                callbacks.ModelCheckpoint(folder / "{epoch}.keras"),
-                callbacks.ModelCheckpoint(folder / "{epoch}.weights.h5", save_weights_only=True),
-                callbacks.ModelCheckpoint(
-                    folder / "best.keras", save_best_only=True, monitor=LOSSES[kind][-1], mode="min"
-                ),
-            ]
-        },
+        lambda folder, kind: [
+            callbacks.ModelCheckpoint(folder / "{epoch}.keras"),
+            callbacks.ModelCheckpoint(folder / "{epoch}.weights.h5", save_weights_only=True),
+            callbacks.ModelCheckpoint(folder / "best.keras", LOSSES[kind][-1], save_best_only=True, mode="min"),
+        ],
     ),
     "EarlyStopping": Row(
-        has_stopped_early,
-        lambda folder, kind: {"callbacks": callbacks.EarlyStopping(LOSSES[kind][-1], 9.0, 1, mode="min")},
+        has_stopped_early, lambda folder, kind: callbacks.EarlyStopping(LOSSES[kind][-1], 9.0, 1, mode="min")
     ),
-    "TerminateOnNaN": Row(is_plain, lambda folder, kind: {"callbacks": [callbacks.TerminateOnNaN()]}),
-    "TensorBoard": Row(has_events, lambda folder, kind: {"callbacks": callbacks.TensorBoard(folder / "events")}),
-    "CallbackList": Row(is_plain, lambda folder, kind: {"callbacks": callbacks.CallbackList(add_history=True)}),
-    "a learning-rate schedule": Row(
-        has_slowed_down, compile=lambda: {"learning_rate": CosineDecay(0.01, decay_steps=EPOCHS * 6)}
-    ),
+    "TerminateOnNaN": Row(is_plain, lambda folder, kind: [callbacks.TerminateOnNaN()]),
+    "TensorBoard": Row(has_events, lambda folder, kind: callbacks.TensorBoard(folder / "events")),
+    "CallbackList": Row(is_plain, lambda folder, kind: callbacks.CallbackList(add_history=True)),
+    "a learning-rate schedule": Row(has_slowed_down, compile=lambda: {"learning_rate": CosineDecay(0.01, EPOCHS * 6)}),
     "steps_per_execution": Row(is_plain, compile=lambda: {"steps_per_execution": 3}),
     "steps_per_execution that leaves a rest": Row(is_plain, compile=lambda: {"steps_per_execution": 4}),
     "steps_per_execution longer than an epoch": Row(is_plain, compile=lambda: {"steps_per_execution": 9}),
     "jit_compile": Row(is_as_long, compile=lambda: {"jit_compile": True}),
     "run_eagerly": Row(is_nearly_plain, compile=lambda: {"run_eagerly": True}),
-    "validation_data": Row(has_validated, lambda folder, kind: {"validation_data": X[:5]}),
-    "validation_data with targets": Row(has_validated, lambda folder, kind: {"validation_data": (X[:5], X[:5, 0])}),
+    "validation_data": Row(has_validated, fit=lambda: {"validation_data": X[:5]}),
+    "validation_data with targets": Row(has_validated, fit=lambda: {"validation_data": (X[:5], X[:5, 0])}),
     "validation_data in batches": Row(
-        has_validated, lambda folder, kind: {"validation_data": tf.data.Dataset.from_tensor_slices(X[:5]).batch(4)}
+        has_validated, fit=lambda: {"validation_data": tf.data.Dataset.from_tensor_slices(X[:5]).batch(4)}
     ),
-    "validation_split": Row(has_split, lambda folder, kind: {"validation_split": 0.25}),
-    "verbose": Row(is_plain, lambda folder, kind: {"verbose": 1}),
+    "validation_split": Row(has_split, fit=lambda: {"validation_split": 0.25}),
+    "verbose": Row(is_plain, fit=lambda: {"verbose": 1}),
 }
-
 
 FAST_FOR_EGM = ("CSVLogger",)
 SLOW_FOR_DDE = ("steps_per_execution", "steps_per_execution longer than an epoch", "verbose", "TerminateOnNaN")
@@ -156,7 +151,8 @@ def plain():
 def test_training_with(kind, name, plain, tmp_path):
     row = ROWS[name]
     model = make_model(kind, **row.compile())
-    run = model.fit(X, batch_size=4, epochs=EPOCHS, **{"verbose": 0, **row.fit(tmp_path, kind)})
+    options = {"verbose": 0, "callbacks": row.callbacks(tmp_path, kind), **row.fit()}
+    run = model.fit(X, batch_size=4, epochs=EPOCHS, **options)
     row.check(run, tmp_path, plain[kind])
 
 
@@ -175,6 +171,26 @@ def test_steps_per_execution_that_leave_a_rest_need_data_that_end():
     assert losses[0] == losses[1]
     with pytest.raises(ValueError, match="steps_per_epoch must be a multiple of steps_per_execution=4, got 6"):
         models[1].fit(batches, steps_per_epoch=6, verbose=0)
+
+
+def test_lines_of_markdown_end_at_120():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md")):
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        # Rows of tables and a link alone on its line cannot be broken.
+        lines = [line for line in text.splitlines() if not re.match(r"\||!?\[[^]]*\]\(\S*\)$", line)]
+        assert [line for line in lines if len(line) > 120] == [], path.relative_to(ROOT)
+
+
+def test_notebooks_become_scripts_of_plain_python(tmp_path):
+    for path in (*ROOT.glob("*.ipynb"), *ROOT.glob("examples/*.ipynb")):
+        notebook = nbformat.read(path, 4)
+        script, _ = ScriptExporter().from_notebook_node(notebook)
+        assert notebook.metadata == METADATA and script.startswith("#!/usr/bin/env python\n")
+        (tmp_path / f"{path.stem}.py").write_text(script, encoding="utf-8")
+    # Ruff finds syntax, commands and functions that only IPython knows.
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "."]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.slow

@@ -88,6 +88,18 @@ def test_row_of_a_bad_model():
     assert row["largest_mode_share"] == pytest.approx(1 / 7, abs=0.005)
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("gallery.png", []), ("samples.gif", ["--gifs", "--output-dir", "."])])
+def test_paths_are_tried_before_training(name, arguments, tmp_path, capsys, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_models, "FOLDER", tmp_path)
+    monkeypatch.setattr(train_models, "train_egm", None)
+    monkeypatch.setattr("sys.argv", ["train_models.py", *arguments])
+    with pytest.raises(SystemExit):
+        train_models.main()
+    assert f"{name} cannot be written: Is a directory" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_films_are_written_alone(tmp_path, capsys, monkeypatch):
     arguments = ["--gifs", "--dataset", "rings", "--epochs", "2", "--output-dir", str(tmp_path / "films")]

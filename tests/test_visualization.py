@@ -301,6 +301,13 @@ def test_an_interruption_leaves_the_old_gif_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_gif_callback_tries_its_path_before_training(tmp_path, model):
+    draw = Mock()
+    with pytest.raises(OSError, match="cannot be written: Is a directory"):
+        fit(model, visualization.GifCallback(tmp_path, draw))
+    draw.assert_not_called()
+
+
 @pytest.fixture
 def shown(monkeypatch):
     """What a notebook is given to show: the text and the HTML of every update."""
