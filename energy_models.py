@@ -1,10 +1,10 @@
 """The method: denoising density estimators (DDE) and a generator that descends between two of them (EGM).
 
-Three functions are the method (arXiv:2001.02728); read them first:
+Three functions are the method (arXiv:2001.02728); they are methods of the two classes below. Read them first:
 
-* ``DDE.denoising_loss``: Eq. 5, and the dual term that ties the noise levels together (arXiv:2506.05310).
-* ``EGM.generator_loss``: Eq. 8, the KL divergence that the generator descends.
-* ``EGM.train_step``: one step of the generator, then some of each DDE.
+* ``denoising_loss`` of a DDE: Eq. 5, and the dual term that ties the noise levels together (arXiv:2506.05310).
+* ``generator_loss`` of an EGM: Eq. 8, the KL divergence that the generator descends.
+* ``train_step`` of an EGM: one step of the generator, then some of each DDE.
 
 One sign convention throughout: a network outputs a **log density** up to a constant (the energy is its negative), the
 gradient of the log density with respect to the point is the **score**, and at ``x + noise_std * noise`` with standard
@@ -13,20 +13,77 @@ normal ``noise`` the regression target of the score is ``-noise / noise_std``.
 
 import math
 
+from egm_dde.runtime import require_tensorflow
+
+require_tensorflow()  # before Keras is imported, which chooses its backend then
+
 import keras
+import numpy as np
 import tensorflow as tf
 
-from egm_dde import checks, draws
-from egm_dde.density import DensityModel, per_event
-from egm_dde.generation import GeneratorModel, copy_network
-from egm_dde.networks import build_energy_net, build_generator, build_image_energy_net, build_image_generator
+from egm_dde import checks, draws, sampling
+from egm_dde.draws import per_event
+from egm_dde.image_networks import build_image_energy_net, build_image_generator
+from egm_dde.networks import build_energy_net, build_generator
 from egm_dde.targets import average_over_sources, expected_square
+from egm_dde.training import Trainable, separate_optimizers
 
 __all__ = ["DDE", "EGM", "build_energy_net", "build_generator", "build_image_energy_net", "build_image_generator"]
 
+SAMPLES_PER_CHUNK = 2**16  # bounds the memory of sample
+
+
+def denoising_loss(dde, x, key, training=False):
+    """The training loss of a DDE on clean points x (batch, *event), in noise units; ``key`` is that of the noise."""
+    noisy_x, noise, noise_std = dde.add_noise(x, key)
+    # The noise is one guess at where a noisy point came from. The network meets the mean of all guesses.
+    mean_noise, squared_norm, mean_squared_norm = dde.average_over_sources(x, noisy_x, noise, noise_std)
+    _, score, level_slope = dde.differentiate(noisy_x, noise_std, training)
+
+    # Eq. 5: noise_std * score is to predict minus the noise.
+    loss = tf.reduce_mean(expected_square(per_event(noise_std, x) * score, -noise, -mean_noise))
+    if dde.noise_conditional and dde.dual_weight > 0:
+        # Dual term: the derivative along log(noise_std) is to predict ||noise||^2 - d.
+        dim = math.prod(x.shape[1:])
+        squares = expected_square(level_slope, squared_norm - dim, mean_squared_norm - dim)  # (batch, 1)
+        loss += dde.dual_weight * tf.reduce_mean(squares) / (2 * dim)
+    return loss
+
+
+def generator_loss(egm, z, key, training=False):
+    """KL(q~ || p~) up to a constant, in nats, at latents z (batch, *latent); ``key`` is that of the noise."""
+    noisy_y, _, noise_std = egm.dde_fake.add_noise(egm.generate(z, training), key)
+    log_ratio = egm.dde_fake.log_density(noisy_y, noise_std) - egm.dde_real.log_density(noisy_y, noise_std)
+    weights = noise_std**egm.level_power
+    return tf.reduce_mean(weights * log_ratio) / tf.reduce_mean(weights)
+
+
+def train_step(egm, data):
+    """One training step of an EGM on a batch of clean points; returns the means of its losses."""
+    x = egm.read_batch(data)
+    num_points = tf.shape(x)[0]
+
+    # One step of the generator. Its gradient is the noisiest of the three, so it uses more latents than points ...
+    z, key = egm.draw_latents(egm.latents_per_point * num_points, "generator", egm.step)
+    gen_loss = egm.descend(egm.optimizer, egm.generator, lambda: egm.generator_loss(z, key, training=True), "gen_loss")
+    egm.gen_loss_tracker.update_state(gen_loss, sample_weight=num_points)
+    egm.update_averages()
+
+    # ... then some of each DDE, with fresh noise in each, and fresh generated points.
+    step_real, step_fake = (egm.as_subgraph(dde.train_step) for dde in (egm.dde_real, egm.dde_fake))
+    if egm.dde_real.trainable_variables:
+        for _ in range(egm.real_steps):
+            step_real(x)
+    else:
+        egm.dde_real.test_step(x)  # it is frozen, and measured
+    for _ in range(egm.dde_steps):
+        z, _ = egm.draw_latents(num_points, "latents", egm.dde_fake.step)
+        step_fake(egm.generate(z, training=True))
+    return egm.finish_step()
+
 
 @keras.saving.register_keras_serializable("egm_dde")
-class DDE(DensityModel):
+class DDE(Trainable):
     """Denoising density estimator: a scalar network whose output is the log density of the noisy data.
 
     For data x and y = x + noise_std * noise, noise ~ N(0, I), it minimises (Eq. 5, in noise units)
@@ -42,28 +99,15 @@ class DDE(DensityModel):
     which ties all levels to one constant and so gets the relative mass of far modes right. It is 1 at first as well.
     """
 
-    def denoising_loss(self, x, key, training=False):
-        """The training loss on clean points x (batch, *event), in noise units; ``key`` is that of the noise."""
-        noisy_x, noise, noise_std = self.add_noise(x, key)
-        # The noise is one guess at where a noisy point came from. The network meets the mean of all guesses.
-        mean_noise, squared_norm, mean_squared_norm = average_over_sources(x, noisy_x, noise, noise_std)
-        _, score, level_slope = self.differentiate(noisy_x, noise_std, training)
-
-        # Eq. 5: noise_std * score is to predict minus the noise.
-        loss = tf.reduce_mean(expected_square(per_event(noise_std, x) * score, -noise, -mean_noise))
-        if self.noise_conditional and self.dual_weight > 0:
-            # Dual term: the derivative along log(noise_std) is to predict ||noise||^2 - d.
-            dim = math.prod(x.shape[1:])
-            squares = expected_square(level_slope, squared_norm - dim, mean_squared_norm - dim)  # (batch, 1)
-            loss += self.dual_weight * tf.reduce_mean(squares) / (2 * dim)
-        return loss
+    denoising_loss = denoising_loss
+    average_over_sources = staticmethod(average_over_sources)
 
     def train_step(self, data):
         x = self.read_batch(data)
-        key = draws.draw_key(self.seed, "train", self.optimizer.iterations)
+        key = draws.draw_key(self.seed, "train", self.step)
         loss = self.descend(self.optimizer, self, lambda: self.denoising_loss(x, key, training=True))
         self.loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
-        return self.get_metrics_result()
+        return self.finish_step()
 
     def test_step(self, data):
         x = self.read_batch(data)
@@ -72,6 +116,78 @@ class DDE(DensityModel):
         self.loss_tracker.update_state(self.denoising_loss(x, key), sample_weight=tf.shape(x)[0])
         return self.get_metrics_result()
 
+    # ------------------------------------------------------------------------------------------ what it answers
+
+    def call(self, x, noise_std=None):
+        """Evaluate the log density (batch, 1), up to a constant, and its gradient, the score (batch, *event).
+
+        Many points are evaluated part by part, which bounds the memory.
+
+        Args:
+            x: points (batch, *event), in data units.
+            noise_std: of a range of levels, the level (by keyword): a number or one a point (batch,); None is the
+                lowest.
+        """
+        return self.answer(lambda x, noise_std: self.differentiate(x, noise_std)[:2], x, noise_std)
+
+    def log_density(self, x, noise_std=None):
+        """Log density (batch, 1) of noisy data up to a constant, one for all levels by the dual term; see ``call``."""
+        return self.answer(lambda x, noise_std: self.apply_net(x, tf.math.log(noise_std)), x, noise_std)
+
+    def score(self, x, noise_std=None):
+        """Gradient (batch, *event) of the log density with respect to x; see ``call``."""
+        return self.answer(lambda x, noise_std: self.differentiate(x, noise_std)[1], x, noise_std)
+
+    def denoise(self, noisy_x, noise_std=None):
+        """Posterior mean (batch, *event) of the clean data, noisy_x + noise_std^2 * score(noisy_x); see ``call``.
+
+        It is the formula of Miyasawa (1961) and Robbins (1956); ``noise_std`` is the noise in ``noisy_x``.
+        """
+        return self.answer(lambda x, s: x + per_event(s, x) ** 2 * self.differentiate(x, s)[1], noisy_x, noise_std)
+
+    def answer(self, function, x, noise_std):
+        """``function`` of points (batch, *event) and levels (batch, 1): part by part, where the points are many."""
+        x = self.as_tensor(x)
+        noise_std = self.noise_range[0] if noise_std is None else noise_std
+        checks.check_levels(noise_std, self.noise_range, x.shape[0])
+        levels = tf.broadcast_to(tf.reshape(tf.cast(noise_std, x.dtype), (-1, 1)), (tf.shape(x)[0], 1))
+        if not tf.executing_eagerly():
+            return function(x, levels)
+        size = sampling.chunk_size(self.event_shape or x.shape[1:])
+        starts = range(0, max(len(x), 1), size)
+        parts = [function(x[start : start + size], levels[start : start + size]) for start in starts]
+        return parts[0] if len(parts) == 1 else tf.nest.map_structure(lambda *part: tf.concat(part, axis=0), *parts)
+
+    def add_noise(self, x, key):
+        """Draw a noise level, log-uniform in the range, and noise for each of the clean points x (batch, *event).
+
+        Returns:
+            noisy_x (batch, *event), noise (batch, *event) in noise units, and noise_std (batch, 1).
+        """
+        noise_key, level_key = draws.split(key)
+        noise = draws.normal(tf.shape(x), noise_key, x.dtype)
+        low, high = (math.log(level) for level in self.noise_range)
+        places = draws.stratified_uniform(tf.shape(x)[0], level_key, x.dtype)[:, None]
+        noise_std = tf.exp(low + (high - low) * places)
+        return x + per_event(noise_std, x) * noise, noise, noise_std
+
+    def differentiate(self, x, noise_std, training=False):
+        """Log density (batch, 1), its gradient (batch, *event), and its derivative (batch, 1) along log(noise_std)."""
+        log_noise_std = tf.math.log(noise_std)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch((x, log_noise_std))
+            log_density = self.apply_net(x, log_noise_std, training)
+        return log_density, *tape.gradient(log_density, (x, log_noise_std))
+
+    def apply_net(self, x, log_noise_std, training=False):
+        """Output (batch, 1) of the network, in the type of the points."""
+        log_density = self.net([x, log_noise_std] if self.noise_conditional else x, training=training)
+        self.built = True  # training does not pass through __call__, which would set it
+        checks.check_scalar_output(log_density.shape)
+        return tf.cast(log_density, x.dtype)
+
+    # ------------------------------------------------------------------------------------------ construction
+
     def __init__(self, net, noise_std=0.1, dual_weight=1.0, seed=None, **kwargs):
         """Make a DDE of a network.
 
@@ -79,8 +195,8 @@ class DDE(DensityModel):
         are averaged over so many points of the batch at most.
 
         Args:
-            net: ``keras.Model`` from (batch, *event) to (batch, 1), such as ``build_energy_net()``; for a range of
-                noise levels from [(batch, *event), (batch, 1)], the second input being log(noise_std).
+            net: ``keras.Model`` from (batch, *event) to (batch, 1), such as ``build_energy_net(data=x)``; for a range
+                of noise levels from [(batch, *event), (batch, 1)], the second input being log(noise_std).
             noise_std: standard deviation of the noise, in data units: a positive number, or a pair (low, high) between
                 which it is drawn log-uniformly for each point.
             dual_weight: weight of the dual term; used with a range only. For images, 0 learns the score faster.
@@ -94,19 +210,53 @@ class DDE(DensityModel):
         Warns:
             UserWarning: for piecewise linear activations such as ReLU, whose score is piecewise constant.
         """
-        # The layers of the network cast by themselves; points, noise and losses stay exact.
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(seed, **kwargs)
         self.noise_std, self.noise_range = checks.check_noise_std(noise_std)
         checks.check_energy_net(net, num_inputs=1 + self.noise_conditional)
         self.net = net
         self.dual_weight = checks.check_interval("dual_weight", dual_weight, 0)
-        self.seed = checks.check_seed(seed)
         self.loss_tracker = keras.metrics.Mean("loss")
         self.built = net.built
 
+    @property
+    def noise_conditional(self):
+        """Whether the network covers a range of noise levels."""
+        return self.noise_range[0] < self.noise_range[1]
+
+    @property
+    def event_shape(self):
+        """Shape of a point; None while the network does not know it."""
+        shape = checks.input_shape(self.net)
+        return None if shape is None else shape[1:]
+
+    @property
+    def networks(self):
+        """Networks by name."""
+        return {"net": self.net}
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker]
+
+    def compile(self, optimizer=None, **options):
+        """Set the optimizer; None is ``Adam(1e-3)``. Other arguments as for ``keras.Model.compile``."""
+        super().compile(keras.optimizers.Adam(1e-3) if optimizer is None else optimizer, **options)
+        if self.built:  # only a built optimizer is saved with its slots
+            is_trainable, self.trainable = self.trainable, True  # slots for all weights, so that files fit when thawed
+            self.optimizer.build(self.trainable_variables)
+            self.trainable = is_trainable
+
+    def get_config(self):
+        options = {name: getattr(self, name) for name in ("noise_std", "dual_weight", "seed")}
+        return {**super().get_config(), "net": keras.saving.serialize_keras_object(self.net), **options}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "net": keras.saving.deserialize_keras_object(config["net"])})
+
 
 @keras.saving.register_keras_serializable("egm_dde")
-class EGM(GeneratorModel):
+class EGM(Trainable):
     """Energy-based generative model: a generator that descends the KL divergence between two DDEs.
 
     ``dde_real`` learns the noisy density p~ of the data, ``dde_fake`` the noisy density q~ of the generated points, and
@@ -119,36 +269,8 @@ class EGM(GeneratorModel):
     averaged over them; ``level_power`` weighs each level by that power of noise_std.
     """
 
-    def generator_loss(self, z, key, training=False):
-        """KL(q~ || p~) up to a constant, in nats, at latents z (batch, *latent); ``key`` is that of the noise."""
-        noisy_y, _, noise_std = self.dde_fake.add_noise(self.generate(z, training), key)
-        log_ratio = self.dde_fake.log_density(noisy_y, noise_std) - self.dde_real.log_density(noisy_y, noise_std)
-        weights = noise_std**self.level_power
-        return tf.reduce_mean(weights * log_ratio) / tf.reduce_mean(weights)
-
-    def train_step(self, data):
-        x = self.read_batch(data)
-        num_points = tf.shape(x)[0]
-
-        # One step of the generator. Its gradient is the noisiest of the three, so it uses more latents than points ...
-        z, key = self.draw_latents(self.latents_per_point * num_points, "generator", self.optimizer.iterations)
-        gen_loss = self.descend(
-            self.optimizer, self.generator, lambda: self.generator_loss(z, key, training=True), "gen_loss"
-        )
-        self.gen_loss_tracker.update_state(gen_loss, sample_weight=num_points)
-        self.average_weights()
-
-        # ... then some of each DDE, with fresh noise in each, and fresh generated points.
-        step_real, step_fake = (self.as_subgraph(dde.train_step) for dde in (self.dde_real, self.dde_fake))
-        if self.dde_real.trainable_variables:
-            for _ in range(self.real_steps):
-                step_real(x)
-        else:
-            self.dde_real.test_step(x)  # it is frozen, and measured
-        for _ in range(self.dde_steps):
-            z, _ = self.draw_latents(num_points, "latents", self.dde_fake.optimizer.iterations)
-            step_fake(self.generate(z, training=True))
-        return self.get_metrics_result()
+    generator_loss = generator_loss
+    train_step = train_step
 
     def test_step(self, data):
         x = self.read_batch(data)
@@ -157,6 +279,62 @@ class EGM(GeneratorModel):
         self.dde_real.test_step(x)
         self.dde_fake.test_step(self.generate(z))
         return self.get_metrics_result()
+
+    # ------------------------------------------------------------------------------------------ what it answers
+
+    def call(self, z):
+        """Map latents (batch, *latent) to points (batch, *event) by the averages of the generator's weights."""
+        with keras.StatelessScope(list(zip(self.generator.weights, self.averages, strict=True))):
+            return tf.cast(self.generator(z), self.variable_dtype)
+
+    def sample(self, n_samples, seed=None, corrected=False, **options):
+        """Generate points, a NumPy array (n_samples, *event) in data units, without added noise.
+
+        Args:
+            n_samples: number of points, an integer of at least 1.
+            seed: integer that makes them repeatable; None draws fresh ones.
+            corrected: False for one pass of the generator; True to mend its points by the two densities, as
+                ``egm_dde.sampling.correct`` does, so that fewer of them are where no data are.
+            **options: for ``egm_dde.sampling.correct``.
+        """
+        checks.check_integer("n_samples", n_samples)
+        seed = checks.check_seed(seed)
+        if corrected:
+            return sampling.correct(self.sample, n_samples, self.dde_real, self.dde_fake, seed=seed, **options)
+        if options:
+            raise ValueError(f"{', '.join(options)} cannot be given without corrected=True")
+        chunks = []
+        for start in range(0, n_samples, SAMPLES_PER_CHUNK):
+            shape = (min(SAMPLES_PER_CHUNK, n_samples - start), *self.latent_shape)
+            z = draws.normal(shape, draws.draw_key(seed, "sample", start), self.variable_dtype)
+            chunks.append(self(z).numpy())
+        return np.concatenate(chunks)
+
+    def generate(self, z, training=False):
+        """Map latents (batch, *latent) to points (batch, *event) by the generator that is trained."""
+        return tf.cast(self.generator(z, training=training), self.variable_dtype)
+
+    def draw_latents(self, n_samples, purpose, step):
+        """Draw latents (n_samples, *latent), evenly spread, and a key for the noise that goes with them."""
+        latent_key, noise_key = draws.split(draws.draw_key(self.seed, purpose, step))
+        z = draws.spread_latents(n_samples, math.prod(self.latent_shape), latent_key, self.variable_dtype)
+        return tf.reshape(z, (n_samples, *self.latent_shape)), noise_key
+
+    def update_averages(self):
+        """Move the averages towards the generator's weights: slowly, but fast in the first steps."""
+        num_steps = tf.cast(self.step, tf.float32) + 1.0
+        decay = tf.minimum(self.average_decay, num_steps / (num_steps + 10.0))
+        for average, weight in zip(self.averages, self.generator.weights, strict=True):
+            average.assign(weight + tf.cast(decay, weight.dtype) * (average - weight))
+
+    def as_subgraph(self, step):
+        """``step`` as a graph of its own, where TensorFlow can: traced once for all its calls, and a tenth faster."""
+        return step if tf.executing_eagerly() or tf.distribute.has_strategy() else tf.function(step, autograph=False)
+
+    # ------------------------------------------------------------------------------------------ construction
+
+    parts = ("dde_real", "dde_fake", "generator")
+    options = ("dde_steps", "real_steps", "latents_per_point", "average_decay", "level_power", "seed")
 
     def __init__(
         self,
@@ -179,8 +357,8 @@ class EGM(GeneratorModel):
         measured.
 
         In all training steps latents are spread evenly over their space. Samples, and what calling the model on latents
-        returns, come from ``average_generator``. The losses are those of ``generator`` itself, which ``dde_fake``
-        follows.
+        returns, come from ``averages`` of the generator's weights. The losses are those of ``generator`` itself, which
+        ``dde_fake`` follows.
 
         Args:
             dde_real: ``DDE`` of the data.
@@ -202,42 +380,96 @@ class EGM(GeneratorModel):
                 whose output does not fit them, networks whose shapes are not known yet, or other arguments out of
                 range.
         """
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(seed, **kwargs)
         for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
-            if not isinstance(dde, DDE):
-                raise ValueError(f"{name} must be a DDE, got {dde!r}")
+            checks.check_instance(name, dde, DDE)
         checks.check_egm_parts(dde_real, dde_fake, generator)
         self.dde_real = dde_real
         self.dde_fake = dde_fake
         self.generator = generator
-        self.average_generator = copy_network(generator)
-        self.average_generator.trainable = False
+        self.averages = [
+            self.add_weight(weight.shape, "zeros", weight.dtype, trainable=False, aggregation="mean", name="average")
+            for weight in generator.weights
+        ]
+        for average, weight in zip(self.averages, generator.weights, strict=True):
+            average.assign(weight)
         self.dde_steps = checks.check_integer("dde_steps", dde_steps)
         self.real_steps = self.dde_steps if real_steps is None else checks.check_integer("real_steps", real_steps)
         self.latents_per_point = checks.check_integer("latents_per_point", latents_per_point)
         self.average_decay = checks.check_interval("average_decay", average_decay, 0, 1)
         self.level_power = checks.check_interval("level_power", level_power, 0)
-        self.seed = checks.check_seed(seed)
         self.gen_loss_tracker = keras.metrics.Mean("gen_loss")
         self.built = True
 
     def compile(self, dde_optimizer=None, gen_optimizer=None, real_optimizer=None, **options):
         """Set the optimizers, of the DDEs too: it compiles both.
 
+        Each network has an optimizer of its own. One that is given for two of them, or in use already, is copied.
+
         Args:
-            dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs; each DDE gets a copy of its own.
-                Its learning rate schedule counts DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
+            dde_optimizer: ``keras.optimizers.Optimizer`` (or its name) of the DDEs. Its learning rate schedule counts
+                DDE steps. None is ``Adam(5e-3, beta_1=0.5)``.
             gen_optimizer: the generator's. None is ``Adam(3e-3, beta_1=0.5)``.
-            real_optimizer: that of ``dde_real``, if its schedule counts other steps; None is ``dde_optimizer``.
+            real_optimizer: that of ``dde_real``, if it differs; None is ``dde_optimizer``.
             **options: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
+
+        Raises:
+            ValueError: for optimizers with ``use_ema``, or that would have to be copied and cannot, as they have
+                exclusions or learning rates of one's own: give three of them; for ``optimizer``.
         """
+        if "optimizer" in options:
+            raise ValueError("each network of an EGM has its own optimizer: give dde_optimizer and gen_optimizer")
         dde_optimizer = keras.optimizers.get(dde_optimizer or keras.optimizers.Adam(5e-3, beta_1=0.5))
-        gen_optimizer = keras.optimizers.get(gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5))
-        real_optimizer = keras.optimizers.get(real_optimizer or dde_optimizer)
-        # Copies with the same settings: an optimizer belongs to the variables it was built on.
-        optimizers = (gen_optimizer, real_optimizer, dde_optimizer)
-        of_generator, of_real, of_fake = (optimizer.from_config(optimizer.get_config()) for optimizer in optimizers)
+        of_generator, of_fake, of_real = separate_optimizers(
+            gen_optimizer=gen_optimizer or keras.optimizers.Adam(3e-3, beta_1=0.5),
+            dde_optimizer=dde_optimizer,
+            real_optimizer=real_optimizer or dde_optimizer,
+        )
         super().compile(of_generator, **options)
         self.optimizer.build(self.generator.trainable_variables)
         self.dde_real.compile(of_real, jit_compile=self.jit_compile)
         self.dde_fake.compile(of_fake, jit_compile=self.jit_compile)
+
+    @property
+    def latent_shape(self):
+        """Shape of a latent."""
+        return checks.input_shape(self.generator)[1:]
+
+    @property
+    def event_shape(self):
+        """Shape of a point."""
+        return self.dde_real.event_shape
+
+    @property
+    def noise_range(self):
+        """The lowest and the highest noise level."""
+        return self.dde_real.noise_range
+
+    @property
+    def networks(self):
+        """Networks by name."""
+        return {"dde_real": self.dde_real.net, "dde_fake": self.dde_fake.net, "generator": self.generator}
+
+    @property
+    def metrics(self):
+        return [self.dde_real.loss_tracker, self.dde_fake.loss_tracker, self.gen_loss_tracker]
+
+    def get_metrics_result(self):
+        """Means of the losses, under the names in the logs."""
+        names = ("loss_dde_real", "loss_dde_fake", "gen_loss")
+        return {name: metric.result() for name, metric in zip(names, self.metrics, strict=True)}
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return None
+        optimized = {"dde_optimizer": self.dde_fake, "gen_optimizer": self, "real_optimizer": self.dde_real}
+        optimizers = {name: keras.saving.serialize_keras_object(part.optimizer) for name, part in optimized.items()}
+        return {**optimizers, **self.compile_options}
+
+    def get_config(self):
+        parts = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in self.parts}
+        return {**super().get_config(), **parts, **{name: getattr(self, name) for name in self.options}}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, **{name: keras.saving.deserialize_keras_object(config[name]) for name in cls.parts}})

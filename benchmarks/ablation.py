@@ -7,10 +7,8 @@ line of ``ablation.csv``.
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,9 +20,8 @@ import keras
 import report
 import tensorflow as tf
 
-import energy_models
 import train_models
-from egm_dde import draws, generation, networks
+from egm_dde import draws, networks
 from energy_models import DDE, EGM, build_energy_net, build_generator
 from utils import DATASETS
 
@@ -33,15 +30,39 @@ FILE = report.FOLDER / "ablation.csv"
 TABLES = {"density TV / generator TV": ("density_tv", "generator_tv"), "generator KL (nats)": ("generator_kl",)}
 
 
-def plain_targets(x, noisy_x, noise, noise_std):
-    """The own noise of each point, not averaged."""
-    squared_norm = tf.reduce_sum(tf.square(noise), axis=-1, keepdims=True)
-    return noise, squared_norm, squared_norm
+class PlainDDE(DDE):
+    """A DDE whose targets are not averaged: the own noise of each point."""
+
+    @staticmethod
+    def average_over_sources(x, noisy_x, noise, noise_std):
+        """Return the noise, and its squared norm twice."""
+        squared_norm = tf.reduce_sum(tf.square(noise), axis=-1, keepdims=True)
+        return noise, squared_norm, squared_norm
 
 
-def plain_latents(n_samples, dim, key, dtype=tf.float32):
-    """Independent latents."""
-    return draws.normal((n_samples, dim), key, dtype)
+class PlainEGM(EGM):
+    """An EGM with independent latents."""
+
+    def draw_latents(self, n_samples, purpose, step):
+        """Draw latents (n_samples, 2) and a key for the noise."""
+        latent_key, noise_key = draws.split(draws.draw_key(self.seed, purpose, step))
+        return draws.normal((n_samples, *self.latent_shape), latent_key), noise_key
+
+
+@networks.register
+class UndampedFeatures(networks.RandomFourierFeatures):
+    """Fourier features that are the same at all noise levels."""
+
+    def call(self, x, log_noise_std=None):
+        return super().call(x)
+
+
+@networks.register
+class FlatLogDensity(networks.GaussianLogDensity):
+    """Log density 0 everywhere."""
+
+    def call(self, x, log_noise_std=None):
+        return keras.ops.zeros_like(x[:, :1])
 
 
 def build_wide_generator(seed):
@@ -54,34 +75,23 @@ def build_wide_generator(seed):
     return keras.Model(z, keras.layers.Dense(2, kernel_initializer=keras.initializers.HeNormal(seed))(hidden))
 
 
-def undamped(layer, x, log_noise_std=None):
-    """Fourier features whatever the noise level."""
-    phases = keras.ops.matmul(x, layer.frequencies)
-    return keras.ops.concatenate([x, keras.ops.sin(phases), keras.ops.cos(phases)], axis=-1)
-
-
-def no_base_measure(layer, x, log_noise_std=None):
-    """Log density 0 everywhere."""
-    return keras.ops.zeros_like(x[:, :1])
-
-
-# name: (patches as (owner, attribute, replacement), changes of the settings)
+# name: changes of the settings
 VARIANTS = {
-    "the recipe": ([], {}),
-    "targets not averaged": ([(energy_models, "average_over_sources", plain_targets)], {}),
-    "one noise level, 0.1": ([], {"noise_std": 0.1}),
-    "levels from 0.1 on": ([], {"noise_std": (0.1, 1.5)}),
-    "levels not weighted": ([], {"level_power": 0}),
-    "no dual term": ([], {"dual_weight": 0.0}),
-    "independent latents": ([(generation, "spread_latents", plain_latents)], {}),
-    "no moving average": ([], {"average_decay": 0.0}),
-    "two steps for each DDE": ([], {"dde_steps": 2, "real_steps": 2}),
-    "no Fourier features of points": ([], {"num_features": 0}),
-    "features not damped": ([(networks.RandomFourierFeatures, "call", undamped)], {}),
-    "no base measure": ([(networks.GaussianLogDensity, "call", no_base_measure)], {}),
-    "generator starts at random": ([], {"build_generator": build_wide_generator}),
-    "one latent a point": ([], {"latents_per_point": 1}),
-    "both DDEs with the same start and noise": ([], {"fake_seed": 0}),
+    "the recipe": {},
+    "targets not averaged": {"dde_class": PlainDDE},
+    "one noise level, 0.1": {"noise_std": 0.1},
+    "levels from 0.1 on": {"noise_std": (0.1, 1.5)},
+    "levels not weighted": {"level_power": 0},
+    "no dual term": {"dual_weight": 0.0},
+    "independent latents": {"egm_class": PlainEGM},
+    "no moving average": {"average_decay": 0.0},
+    "two steps for each DDE": {"dde_steps": 2, "real_steps": 2},
+    "no Fourier features of points": {"num_features": 0},
+    "features not damped": {"layers": {networks.RandomFourierFeatures: UndampedFeatures}},
+    "no base measure": {"layers": {networks.GaussianLogDensity: FlatLogDensity}},
+    "generator starts at random": {"build_generator": build_wide_generator},
+    "one latent a point": {"latents_per_point": 1},
+    "both DDEs with the same start and noise": {"fake_seed": 0},
 }
 
 
@@ -94,16 +104,24 @@ def train(
     num_features=None,
     fake_seed=1,
     build_generator=build_generator,
+    dde_class=DDE,
+    egm_class=EGM,
+    layers=(),  # classes of layers of the energy networks, and those to put in their places
     **options,
 ):
     """Train the recipe with some settings changed; return the model."""
 
+    def replace(layer):
+        return dict(layers).get(type(layer), type(layer)).from_config(layer.get_config())
+
     def build_dde(seed):
-        is_range = isinstance(noise_std, tuple)
-        return DDE(build_energy_net(2, is_range, num_features=num_features, seed=seed), noise_std, dual_weight, seed)
+        net = build_energy_net(2, isinstance(noise_std, tuple), num_features=num_features, seed=seed)
+        if layers:
+            net = keras.models.clone_model(net, clone_function=replace)
+        return dde_class(net, noise_std, dual_weight, seed)
 
     options = {**train_models.EGM_OPTIONS, **options}
-    model = EGM(build_dde(seed), build_dde(seed + fake_seed), build_generator(seed=seed), seed=seed, **options)
+    model = egm_class(build_dde(seed), build_dde(seed + fake_seed), build_generator(seed=seed), seed=seed, **options)
     train_models.compile_egm(model, steps)
     model.fit(train_models.make_batches(dataset, seed), steps_per_epoch=steps, verbose=0)
     return model
@@ -111,16 +129,12 @@ def train(
 
 def run(variant, dataset, seed, steps):
     """Train and evaluate once; return a dict of numbers."""
-    patches, changes = VARIANTS[variant]
-    with contextlib.ExitStack() as stack:
-        for owner, attribute, replacement in patches:
-            stack.enter_context(mock.patch.object(owner, attribute, replacement))
-        try:
-            model = train(dataset, seed, steps, **changes)
-            row = train_models.measure(dataset, model, seed, n_samples=1_000_000)
-        except (FloatingPointError, ValueError) as error:  # a run that diverges is a result, too
-            print(f"{variant}, {dataset}, seed {seed}: {error}", file=sys.stderr)
-            row = {"density_tv": 1.0, "generator_tv": 1.0, "generator_kl": float("inf")}
+    try:
+        model = train(dataset, seed, steps, **VARIANTS[variant])
+        row = train_models.measure(dataset, model, seed, n_samples=1_000_000)
+    except (FloatingPointError, ValueError) as error:  # a run that diverges is a result, too
+        print(f"{variant}, {dataset}, seed {seed}: {error}", file=sys.stderr)
+        row = {"density_tv": 1.0, "generator_tv": 1.0, "generator_kl": float("inf")}
     return {"variant": variant, "dataset": dataset, "seed": seed, "steps": steps, **row}
 
 

@@ -50,7 +50,7 @@ def run(dataset, seed):
     model = train_models.train_egm(dataset, seed)
     seconds = time.process_time() - start  # of both cores together: other work on the machine does not count
     row = {"dataset": dataset, "seed": seed, "seconds": seconds, **train_models.measure(dataset, model, seed)}
-    corrected = samples.measure(dataset, samples.sample_corrected(model, 2_000_000, seed), seed)
+    corrected = samples.measure(dataset, model.sample(2_000_000, seed, corrected=True), seed)
     return {**row, **{f"corrected_{name}": number for name, number in corrected.items()}}
 
 

@@ -36,15 +36,27 @@ FRAMEWORKS = (
 )
 
 
-def build_model():
-    """Build the compiled model whose step is measured."""
+def build_model(given=None, in_one_graph=False):
+    """Build the compiled model whose step is measured; ``given`` are levels and noise to add, if not random."""
+    import tensorflow as tf
+
     import train_models
     from energy_models import DDE, EGM, build_energy_net, build_generator
 
-    ddes = (
-        DDE(build_energy_net(noise_conditional=True, seed=seed), train_models.NOISE_RANGE, seed=seed) for seed in (0, 1)
-    )
-    model = EGM(*ddes, build_generator(seed=2), dde_steps=2, seed=0)
+    class GivenDDE(DDE):
+        def add_noise(self, x, key):
+            if given is None:
+                return super().add_noise(x, key)
+            log_noise_std, noise = map(tf.constant, given)
+            return x + tf.exp(log_noise_std) * noise, noise, tf.exp(log_noise_std)
+
+    class OneGraphEGM(EGM):
+        def as_subgraph(self, step):
+            return step if in_one_graph else super().as_subgraph(step)
+
+    nets = (build_energy_net(noise_conditional=True, seed=seed) for seed in (0, 1))
+    ddes = (GivenDDE(net, train_models.NOISE_RANGE, seed=seed) for seed, net in enumerate(nets))
+    model = OneGraphEGM(*ddes, build_generator(seed=2), dde_steps=2, seed=0)
     train_models.compile_egm(model, NUM_STEPS)
     return model
 
@@ -70,15 +82,8 @@ def prepare_tensorflow(problem):
         time_steps(model, iterator, num_steps)
 
     def losses(x, z, log_noise_std, noise):
-        def replay(points, *_):
-            return points + tf.exp(log_noise_std) * noise, tf.constant(noise), tf.exp(log_noise_std)
-
-        for dde in (model.dde_real, model.dde_fake):
-            dde.add_noise = replay
-        values = float(model.dde_real.denoising_loss(tf.constant(x), None)), float(model.generator_loss(z, None))
-        for dde in (model.dde_real, model.dde_fake):
-            del dde.add_noise
-        return values
+        given = build_model((log_noise_std, noise))
+        return float(given.dde_real.denoising_loss(tf.constant(x), None)), float(given.generator_loss(z, None))
 
     return run, losses
 
@@ -101,8 +106,7 @@ def count_flops(batch_size):
     """Count the floating-point operations of a step: those of all matrix products in its graph, 2 m n k each."""
     import tensorflow as tf
 
-    model = build_model()
-    model.as_subgraph = lambda step: step  # all in one graph
+    model = build_model(in_one_graph=True)
     graph = tf.function(model.train_step).get_concrete_function(tf.TensorSpec((batch_size, 2))).graph
     flops = 0
     for operation in graph.get_operations():

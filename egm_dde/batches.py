@@ -1,7 +1,10 @@
 """The order of the data: a function of the seed and the number of steps made, which a resumed run repeats."""
 
+import contextlib
 import functools
 import math
+import numbers
+import re
 
 import keras
 import numpy as np
@@ -9,6 +12,19 @@ import tensorflow as tf
 
 NO_AUTOTUNING = tf.data.Options()  # its thread sleeps for up to a minute, and the end of fit would wait for it
 NO_AUTOTUNING.autotune.enabled = False
+
+
+def is_array(x):
+    """Whether data are an array, or what NumPy makes one of."""
+    return hasattr(x, "__array__") or isinstance(x, (list, tuple, numbers.Number))
+
+
+def points_of(batch):
+    """The points of a batch, in whatever form Keras passes it on: x, (x,) or (x, y)."""
+    x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    if sample_weight is not None:
+        raise ValueError("sample weights are not supported: each point weighs the same")
+    return x
 
 
 def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
@@ -30,6 +46,7 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
         return np.random.default_rng((model.seed, first_step)).permutation(len(x)) if shuffle else np.arange(len(x))
 
     def take(first_step, step):
+        first_step, step = int(first_step), int(step)
         batch = (step if steps_per_epoch else step - first_step) % batches_per_pass
         return x[order_pass(step - batch)[batch * batch_size : (batch + 1) * batch_size]]
 
@@ -43,21 +60,42 @@ def make_batches(model, x, batch_size, shuffle, steps_per_epoch):
 
 def ask_late(function):
     """A dataset of one integer, asked for when iteration begins; ``from_generator`` would undo ``prepare_process``."""
-    return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(function, [], tf.int64))
+    return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(lambda: np.int64(function()), [], tf.int64))
 
 
-class Run(keras.callbacks.Callback):
-    """Knows how far one ``fit`` is, be it begun by this process or by one that was interrupted."""
+def check_first(batches, check):
+    """The same batches, the first one checked: of a ``keras.utils.PyDataset`` now, of a generator on its way."""
+    if isinstance(batches, keras.utils.PyDataset):
+        check(points_of(batches[0]))
+        return batches
+
+    def look():
+        for index, batch in enumerate(batches):
+            if index == 0:
+                check(points_of(batch))
+            yield batch
+
+    return look()
+
+
+class Position(keras.callbacks.Callback):
+    """The place of one ``fit`` in its data, be it begun by this process or by one that was interrupted."""
 
     def __init__(self, model, initial_epoch):
         super().__init__()
         self.set_model(model)
         self.steps_at_start, self.initial_epoch = model.num_steps, initial_epoch
         self.steps_per_epoch = self.position = None  # where the data do not know their length, they stay None
+        self.refusal = None  # the error about a batch, which TensorFlow would wrap in one of its own
 
     def continue_dataset(self, dataset, steps_per_epoch):
         """Repeat a ``tf.data.Dataset`` from the batch on that comes next, which is known only when training begins."""
-        length = int(dataset.cardinality())
+        spec = dataset.element_spec[0] if isinstance(dataset.element_spec, tuple) else dataset.element_spec
+        if not isinstance(spec, tf.TensorSpec):
+            raise ValueError(f"a batch of x must be one tensor of points, got {spec}")
+        if not (spec.dtype.is_floating or spec.dtype.is_integer):
+            raise ValueError(f"x must be real numbers (floats or integers), got {spec.dtype.name}")
+        length, options = int(dataset.cardinality()), dataset.options()
         if length == 0:
             raise ValueError("x must hold at least one batch, got an empty tf.data.Dataset")
         if length == tf.data.INFINITE_CARDINALITY and steps_per_epoch is None:
@@ -66,11 +104,43 @@ class Run(keras.callbacks.Callback):
         if steps_per_epoch and steps_per_epoch % at_once:
             allowed = f"a multiple of steps_per_execution={at_once}"
             raise ValueError(f"steps_per_epoch must be {allowed}, got {steps_per_epoch}")
-        if not steps_per_epoch and (length < 0 or length % at_once):
-            return dataset, None  # nobody knows its length, or the last steps are fewer than those at once
+        if not steps_per_epoch and (length < 0 or length % at_once):  # nobody knows its length, or the last steps
+            return dataset.enumerate().map(self.look_at_first), None  # are fewer than those at once
         self.steps_per_epoch = steps_per_epoch or length
         batches = ask_late(lambda: self.position or 0).flat_map(lambda position: dataset.repeat().skip(position))
-        return batches.with_options(NO_AUTOTUNING).with_options(dataset.options()), self.steps_per_epoch
+        batches = batches.enumerate().map(self.look_at_first)
+        return batches.with_options(NO_AUTOTUNING).with_options(options), self.steps_per_epoch
+
+    def look_at_first(self, index, batch):
+        """Return a batch of a ``tf.data.Dataset``; the first one is checked as an array is."""
+
+        def check(points):
+            try:
+                self.model.check_data("x", points, warns=True)
+            except ValueError as error:
+                self.refusal = error
+                raise
+            return np.int64(0)
+
+        points = points_of(batch)
+        look = tf.cond(
+            index == 0, lambda: tf.numpy_function(check, [points], tf.int64), lambda: tf.constant(0, tf.int64)
+        )
+        with tf.control_dependencies([look]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    @contextlib.contextmanager
+    def naming_what_is_wrong(self):
+        """Turn TensorFlow's error about a batch, or a number that is not finite, into one that says what and where."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if self.refusal:
+                raise self.refusal from None
+            found = re.search(r"([^\s:}][^\n:}]*) is not finite", error.message)
+            if not found:
+                raise
+            raise not_finite(found[1], self.model.num_steps) from error
 
     def on_train_begin(self, logs=None):
         if self.steps_per_epoch is None:

@@ -10,6 +10,9 @@ import warnings
 
 import numpy as np
 
+# Data whose mean is so many standard deviations off, or whose standard deviation so many times as large or as small as
+# those that a network was built for, train badly.
+FAR, WIDE, NARROW = 2.0, 2.0, 10.0
 PIECEWISE_LINEAR = set(
     "relu relu6 leaky_relu leakyrelu prelu hard_tanh hard_sigmoid hard_shrink hard_silu soft_shrink threshold".split()
 )
@@ -92,6 +95,33 @@ def check_images(images):
         needed = "finite numbers of shape (n, height, width, channels), not all alike"
         raise ValueError(f"images must be {needed}, got {images.dtype} of shape {images.shape}")
     return images
+
+
+def check_instance(name, value, cls):
+    """Return a value, or raise ValueError if it is no instance of a class, or of that class before it was reloaded."""
+    if isinstance(value, cls):
+        return value
+    if any((kind.__module__, kind.__qualname__) == (cls.__module__, cls.__qualname__) for kind in type(value).__mro__):
+        raise ValueError(
+            f"{cls.__module__} was reloaded, and {name} holds a {cls.__name__} of before: restart the kernel"
+        )
+    raise ValueError(f"{name} must be a {cls.__name__}, got a {type(value).__name__}: {value!r}")
+
+
+def check_callbacks(callbacks, losses):
+    """Refuse callbacks made for one loss and one learning rate, where a model has several, with names ``losses``."""
+    import keras
+
+    if "loss" in losses:
+        return
+    for callback in callbacks:
+        kind, watched = type(callback).__name__, getattr(callback, "monitor", None)
+        if isinstance(callback, (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)):
+            why = "sets one learning rate, and each network of this model has its own"
+            raise ValueError(f"{kind} {why}: give compile optimizers with learning rate schedules")
+        if watched in ("loss", "val_loss") and getattr(callback, "save_best_only", True):
+            allowed = f'{", ".join(losses)} (or val_{losses[0]} ...), such as monitor="{losses[0]}", mode="min"'
+            raise ValueError(f"{kind} watches {watched}, which is not logged; allowed are {allowed}")
 
 
 def check_network(name, net, num_inputs):
@@ -179,6 +209,19 @@ def input_shape(net):
     return (None, *shape[1:])
 
 
+def as_array(x):
+    """Return data as a NumPy array, with NaN where a container marks a value as missing."""
+    if np.ma.isMaskedArray(x):
+        return np.ma.filled(x.astype(np.result_type(x, np.float16)) if x.dtype.kind in "iu" else x, np.nan)
+    array = np.asarray(x)
+    if array.dtype.name == "bfloat16":  # not a type of NumPy itself
+        return array.astype(np.float32)
+    kinds = {getattr(dtype, "kind", "O") for dtype in np.ravel(getattr(x, "dtypes", getattr(x, "dtype", None)))}
+    if array.dtype == object and kinds <= set("fiu"):  # nullable columns of numbers
+        return x.to_numpy(dtype=np.float64, na_value=np.nan)
+    return array
+
+
 def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     """Return data ``x`` as a NumPy array (n, *event), or raise ValueError, which calls them ``name``.
 
@@ -186,11 +229,9 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     rounding errors are compared with ``smallest_noise_std``, in data units.
     """
     try:
-        array = np.asarray(x)
+        array = as_array(x)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of points: {error}") from None
-    if array.dtype.name == "bfloat16":  # not a type of NumPy itself
-        array = array.astype(np.float32)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be real numbers (floats or integers), got {array.dtype}")
     given = array.shape[1:]
@@ -218,6 +259,28 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
             f"noise_std of {smallest_noise_std:g}: subtract the mean, or divide by the standard deviation"
         )
     return points
+
+
+def warn_of_units(points, networks):
+    """Warn of data (n, d) far from those that a network was built for, as its layers with ``describe_data`` tell."""
+    if points.ndim != 2:
+        return
+    mean, std = points.mean(axis=0, dtype=np.float64), points.std(axis=0, dtype=np.float64)
+    for name, net in networks.items():
+        for layer in (layer for layer in walk_layers(net) if hasattr(layer, "describe_data")):
+            known_mean, known_std = (np.broadcast_to(each, mean.shape) for each in layer.describe_data())
+            is_far = (abs(mean - known_mean) > FAR * np.maximum(std, known_std)) | (std > WIDE * known_std)
+            if len(points) > 1:
+                is_far |= NARROW * std < known_std
+            if is_far.any():
+                column = int(np.argmax(is_far))
+                warnings.warn(
+                    f"{name} was built for data with mean {known_mean[column]:.4g} and standard deviation "
+                    f"{known_std[column]:.4g}, and column {column} of x has mean {mean[column]:.6g} and standard "
+                    f"deviation {std[column]:.4g}: build the network with data=x",
+                    stacklevel=4,
+                )
+                break
 
 
 def log_densities(log_density, points):

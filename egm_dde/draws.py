@@ -1,5 +1,7 @@
 """Random draws that depend on seed, purpose and step alone, so that a resumed run draws the same numbers."""
 
+import math
+
 import tensorflow as tf
 
 PURPOSES = ("train", "evaluate", "generator", "latents", "sample", "langevin", "annealed_langevin", "partition")
@@ -47,3 +49,28 @@ def stratified_uniform(num, key, dtype=tf.float32):
     """
     shift = uniform([], key, dtype)
     return tf.math.floormod(tf.range(num, dtype=dtype) / tf.cast(num, dtype) + shift, 1.0)
+
+
+def spread_latents(n_samples, dim, key, dtype=tf.float32):
+    """Draw standard normal latents (n_samples, dim) that fill their space more evenly than independent ones.
+
+    Each latent is standard normal by itself, but each part of the plane of two coordinates gets nearly its right share
+    of a batch, and so do the modes of a generator. The points (i sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted
+    by a random vector modulo 1 (Cranley and Patterson 1976) and become two normal coordinates by radius and angle (Box
+    and Muller 1958). Each pair of coordinates has a shift and a random order of its own.
+    """
+    order_key, shift_key = split(key)
+    num_pairs = (dim + 1) // 2
+    order = tf.argsort(uniform([num_pairs, n_samples], order_key))
+    shifts = uniform([2, num_pairs, 1], shift_key, tf.float64)
+    places = [tf.cast(order, tf.float64) * math.sqrt(prime) + shifts[i] for i, prime in enumerate((2, 3))]
+    fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]  # each (num_pairs, n_samples)
+    radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
+    angle = 2.0 * math.pi * fractions[1]
+    pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (num_pairs, n_samples, 2)
+    return tf.cast(tf.reshape(tf.transpose(pairs, (1, 0, 2)), (n_samples, 2 * num_pairs))[:, :dim], dtype)
+
+
+def per_event(values, x):
+    """Reshape values (batch, 1), such as noise levels, so that they broadcast against points x (batch, *event)."""
+    return tf.reshape(values, (-1,) + (1,) * (x.shape.rank - 1))

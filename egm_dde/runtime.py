@@ -20,8 +20,11 @@ def prepare_process():
     * TensorFlow's start-up notes stay off the notebook: its log level is 2, and in Jupyter what C++ writes to standard
       error goes to Jupyter's terminal.
 
+    * Keras computes with TensorFlow, as the models need it.
+
     Environment variables that are set already win. Where the C library is not glibc, the allocator stays as it is.
     """
+    require_tensorflow()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
     with contextlib.suppress(OSError, AttributeError, ValueError):  # raised where standard error is no file
@@ -32,3 +35,12 @@ def prepare_process():
         mallopt(M_ARENA_MAX, 1)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def require_tensorflow():
+    """Let Keras compute with TensorFlow, or raise ImportError if another backend has been chosen for it."""
+    keras = sys.modules.get("keras")
+    chosen = keras.config.backend() if keras else os.environ.get("KERAS_BACKEND")
+    if chosen and chosen != "tensorflow":
+        raise ImportError(f"this needs KERAS_BACKEND=tensorflow, set before Keras is imported; it is {chosen!r}")
+    os.environ["KERAS_BACKEND"] = "tensorflow"

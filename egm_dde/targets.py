@@ -1,11 +1,9 @@
-"""Training targets with less scatter: averages over all points that a noisy point may have come from, even latents."""
+"""Training targets with less scatter: averages over all points that a noisy point may have come from."""
 
 import math
 
 import numpy as np
 import tensorflow as tf
-
-from egm_dde import draws
 
 SOURCES_PER_BLOCK = 512  # each noisy point meets the points of its block of the batch, this many at most
 
@@ -40,13 +38,16 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     # Up to a term that x_j does not enter, the exponent is a product: (y x_j - ||x_j||^2 / 2) / noise_std^2.
     sources = tf.concat([flat_x, tf.reduce_sum(tf.square(flat_x), axis=-1, keepdims=True)], axis=-1)
     queries = precision * tf.concat([y, tf.fill([batch_size, 1], tf.constant(-0.5, dtype))], axis=-1)
-    # Blocks of points bound the memory; the last one is filled up with sources that are infinitely far away.
+    # Blocks of points bound the memory. The last one is filled up with sources at infinity, whose weight is exactly 0.
     block_size = tf.minimum(batch_size, SOURCES_PER_BLOCK)
-    num_filled = -batch_size % block_size
-    infinitely_far = tf.one_hot(tf.fill([num_filled], dim), dim + 1, on_value=math.sqrt(dtype.max), dtype=dtype)
-    sources = tf.reshape(tf.concat([sources, infinitely_far], axis=0), (-1, block_size, dim + 1))
-    queries = tf.reshape(tf.pad(queries, [[0, num_filled], [0, 0]]), (-1, block_size, dim + 1))
-    weights = tf.nn.softmax(tf.matmul(queries, sources, transpose_b=True))  # (blocks, block_size, block_size)
+    filling = [[0, -batch_size % block_size], [0, 0]]
+    infinity = tf.fill([filling[0][1], 1], tf.constant(np.inf, dtype))
+    places = tf.concat([sources, tf.pad(infinity, [[0, 0], [dim, 0]])], axis=0)
+    queries = tf.pad(queries, filling, constant_values=-0.5)
+    places, queries, sources = (
+        tf.reshape(rows, (-1, block_size, dim + 1)) for rows in (places, queries, tf.pad(sources, filling))
+    )
+    weights = tf.nn.softmax(tf.matmul(queries, places, transpose_b=True))  # (blocks, block_size, block_size)
     means = tf.reshape(tf.matmul(weights, sources), (-1, dim + 1))[:batch_size]
     mean_x, mean_squared_x = means[:, :dim], means[:, dim:]
     mean_noise = tf.sqrt(precision) * (y - mean_x)
@@ -65,23 +66,3 @@ def expected_square(estimate, target, mean_target):
     loss keeps its expectation and its minimum, and its gradient sees ``mean_target`` alone.
     """
     return tf.square(estimate - mean_target) + tf.square(target) - tf.square(mean_target)
-
-
-def spread_latents(n_samples, dim, key, dtype=tf.float32):
-    """Draw standard normal latents (n_samples, dim) that fill their space more evenly than independent ones.
-
-    Each latent is standard normal by itself, but each part of the plane of two coordinates gets nearly its right share
-    of a batch, and so do the modes of a generator. The points (i sqrt(2), i sqrt(3)) mod 1 (Richtmyer 1951) are shifted
-    by a random vector modulo 1 (Cranley and Patterson 1976) and become two normal coordinates by radius and angle (Box
-    and Muller 1958). Each pair of coordinates has a shift and a random order of its own.
-    """
-    order_key, shift_key = draws.split(key)
-    num_pairs = (dim + 1) // 2
-    order = tf.argsort(draws.uniform([num_pairs, n_samples], order_key))
-    shifts = draws.uniform([2, num_pairs, 1], shift_key, tf.float64)
-    places = [tf.cast(order, tf.float64) * math.sqrt(prime) + shifts[i] for i, prime in enumerate((2, 3))]
-    fractions = [tf.cast(place - tf.floor(place), tf.float32) for place in places]  # each (num_pairs, n_samples)
-    radius = tf.sqrt(-2.0 * tf.math.log(tf.maximum(fractions[0], 1e-9)))  # 0 would be infinitely far
-    angle = 2.0 * math.pi * fractions[1]
-    pairs = tf.stack([radius * tf.cos(angle), radius * tf.sin(angle)], axis=-1)  # (num_pairs, n_samples, 2)
-    return tf.cast(tf.reshape(tf.transpose(pairs, (1, 0, 2)), (n_samples, 2 * num_pairs))[:, :dim], dtype)

@@ -6,26 +6,38 @@
 * Files are replaced as a whole or not at all.
 """
 
-import contextlib
 import math
-import numbers
-import re
+import types
+import warnings
 from pathlib import Path
 
 import keras
 import tensorflow as tf
 
 from egm_dde import checks
-from egm_dde.batches import Run, make_batches, not_finite
+from egm_dde.batches import Position, check_first, is_array, make_batches, points_of
 from egm_dde.files import NamedMemory, check_archive, replacing
 
 
 class Trainable(keras.Model):
     """A ``keras.Model`` with a built-in loss, whose training can be resumed exactly and whose files are never torn.
 
-    Subclasses have ``seed``; ``num_steps``, the number of training steps made; ``event_shape``, the shape of a point,
-    or None while it is not known; and ``noise_range``, the lowest and the highest noise level.
+    ``step`` is the number of training steps made, a weight that is saved with the others and never set back: noise and
+    the order of the data follow from it and ``seed``. Subclasses have ``event_shape``, the shape of a point, or None
+    while it is not known; ``noise_range``, the lowest and the highest noise level; and ``networks``.
     """
+
+    def __init__(self, seed, **kwargs):
+        # The layers of the networks cast by themselves; points, noise and losses stay exact.
+        super().__init__(autocast=False, **kwargs)
+        self.seed = checks.check_seed(seed)
+        shared = {"trainable": False, "aggregation": "only_first_replica"}
+        self.step = self.add_weight((), "zeros", "int64", name="step", **shared)
+
+    @property
+    def num_steps(self):
+        """Number of training steps made, an int."""
+        return int(keras.ops.convert_to_numpy(self.step))
 
     def compile(self, optimizer, jit_compile=False, steps_per_execution=1, **options):
         """Set what training needs, as ``keras.Model.compile`` does.
@@ -76,8 +88,12 @@ class Trainable(keras.Model):
 
         Raises:
             ValueError: for data that are empty, not finite, not real numbers, of another shape, or so large that their
-                rounding errors are as large as the noise; for weights; before ``compile``.
+                rounding errors are as large as the noise (of batches, the first one is looked at); for weights; for
+                callbacks that watch what is not logged; before ``compile``.
             FloatingPointError: when a loss or gradient stops being finite. The weights are then the last good ones.
+
+        Warns:
+            UserWarning: for data far from those that the networks were built for.
         """
         if not self.compiled:
             raise ValueError(f"call compile() before fit(): this {type(self).__name__} has no optimizer yet")
@@ -87,34 +103,37 @@ class Trainable(keras.Model):
             if value is not None:
                 checks.check_integer(name, value)
         batch_size = batch_size or 32
-        run = Run(self, initial_epoch)
+        # A list of Keras keeps its order.
+        callbacks = [] if callbacks is None else getattr(callbacks, "callbacks", callbacks)
+        callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
+        checks.check_callbacks(callbacks, [*self.get_metrics_result()])
+        position = Position(self, initial_epoch)
         if is_array(x):
-            x = self.check_points("x", x)
+            x = self.check_data("x", x, warns=True)
             if validation_split and validation_data is None:
                 num_training = int(len(x) * (1 - checks.check_interval("validation_split", validation_split, 0, 1)))
                 if num_training == 0:
                     raise ValueError(f"{validation_split=} leaves none of {len(x)} points to train on")
                 x, validation_data, validation_split = x[:num_training], x[num_training:], 0.0
-            x, run.steps_per_epoch = make_batches(self, x, batch_size, shuffle, steps_per_epoch)
+            x, position.steps_per_epoch = make_batches(self, x, batch_size, shuffle, steps_per_epoch)
             steps_per_epoch = None
         elif isinstance(x, tf.data.Dataset):
-            self.check_batches(x.element_spec)
-            x, steps_per_epoch = run.continue_dataset(x, steps_per_epoch)
+            x, steps_per_epoch = position.continue_dataset(x, steps_per_epoch)
+        elif isinstance(x, (keras.utils.PyDataset, types.GeneratorType)):
+            x = check_first(x, lambda points: self.check_data("x", points, warns=True))
         elif x is None or isinstance(x, (dict, str)) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
             raise ValueError(f"x must be an array or batches of points, got a {type(x).__name__}")
         if isinstance(validation_data, tuple):
-            validation_data = self.unpack(validation_data)
+            validation_data = points_of(validation_data)
         if is_array(validation_data):
-            validation_data = self.check_points("validation_data", validation_data)
+            validation_data = self.check_data("validation_data", validation_data)
             options.setdefault("validation_batch_size", batch_size)
-        # A list of Keras keeps its order: ours comes last, after those that restore.
-        callbacks = [] if callbacks is None else getattr(callbacks, "callbacks", callbacks)
-        callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
         self._initial_epoch = None  # BackupAndRestore leaves that of the last run
         options.update(validation_split=validation_split, validation_data=validation_data, verbose=verbose)
-        options.update(callbacks=[*callbacks, run], epochs=epochs, initial_epoch=initial_epoch)
+        # Ours comes last, after the callbacks that restore.
+        options.update(callbacks=[*callbacks, position], epochs=epochs, initial_epoch=initial_epoch)
         options.update(shuffle=shuffle and isinstance(x, keras.utils.PyDataset), steps_per_epoch=steps_per_epoch)
-        with self.naming_the_step():
+        with position.naming_what_is_wrong():
             return super().fit(x, **options)
 
     def evaluate(self, x=None, *arguments, **options):
@@ -122,74 +141,62 @@ class Trainable(keras.Model):
         if options.get("sample_weight") is not None:
             raise ValueError("sample_weight is not supported: each point weighs the same")
         if is_array(x):
-            x = self.check_points("x", x)
+            x = self.check_data("x", x)
         return super().evaluate(x, *arguments, **options)
+
+    def check_data(self, name, x, warns=False):
+        """Return data as an array (n, *event), or raise an error; ``warns`` if they are far from what was expected."""
+        x = checks.check_points(name, x, self.event_shape, self.variable_dtype, self.noise_range[0])
+        if warns:
+            checks.warn_of_units(x, self.networks)
+        return x
 
     # ------------------------------------------------------------------------------------------ one step
 
     def descend(self, optimizer, network, loss, name="the loss"):
-        """Take one optimizer step down ``loss()``, its mean over devices; return its value before the step.
+        """Take one optimizer step down ``loss()`` plus the penalties of ``network``; return the loss before the step.
 
-        Where the loss or its gradient is not finite, the step is not taken: an error is raised, or, compiled by XLA,
+        Penalties are those of regularizers and of ``add_loss``; the loss returned, its mean over devices, is without
+        them. Where loss or gradient is not finite, the step is not taken: an error is raised, or, compiled by XLA,
         which has no errors, the value returned is NaN.
         """
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
         with tf.GradientTape() as tape:
             value = loss()
-            share = value / num_replicas  # optimizers add up the gradients of all replicas
+            penalised = tf.add_n([value, *(tf.cast(penalty, value.dtype) for penalty in network.losses)])
+            share = optimizer.scale_loss(penalised / num_replicas)  # optimizers add up the gradients of all replicas
         variables = network.trainable_variables  # read here: the loss is what builds a network without an Input
         gradients = tape.gradient(share, variables)
         known = [gradient for gradient in gradients if gradient is not None]  # of weights that the loss depends on
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            known = []  # it leaves out steps that are not finite, and lowers its scale
         if not self.jit_compile:
-            finite = [check_finite(value, name), *(check_finite(each, f"the gradient of {name}") for each in known)]
-            with tf.control_dependencies(finite):
-                optimizer.apply(gradients, variables)  # and counts the step
-            return value
-        is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (value, *known)])
+            finite = [(penalised, name), *((gradient, f"the gradient of {name}") for gradient in known)]
+            with tf.control_dependencies([assert_finite(*each) for each in finite]):
+                optimizer.apply(gradients, variables)
+                return tf.identity(value)
+        is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(values)) for values in (penalised, *known)])
         tf.cond(is_finite, lambda: optimizer.apply(gradients, variables), lambda: None)
         return tf.where(is_finite, value, math.nan)
 
-    def unpack(self, data):
-        """The points of a batch, in whatever form Keras passes it on."""
-        x, _, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if sample_weight is not None:
-            raise ValueError("sample weights are not supported: each point weighs the same")
-        return x
+    def finish_step(self):
+        """Count the step, if its losses are finite, and return the means of the losses."""
+        means = self.get_metrics_result()
+        is_finite = tf.reduce_all([tf.math.is_finite(mean) for mean in means.values()])
+        self.step.assign_add(tf.cast(is_finite, tf.int64))
+        return means
 
     def read_batch(self, data):
-        """The points of a batch as a tensor (batch, *event) of finite numbers."""
-        return check_finite(self.as_points(self.unpack(data)), "the batch of points")
+        """The points of a batch, in whatever form Keras passes it on, as a tensor (batch, *event) of finite numbers."""
+        return assert_finite(self.as_tensor(points_of(data)), "the batch of points")
 
-    def as_points(self, x):
+    def as_tensor(self, x):
         """Return points as a tensor (batch, *event) of the model's type, or raise ValueError for another shape."""
-        x = keras.ops.convert_to_tensor(x, dtype=self.variable_dtype)
+        x = keras.ops.convert_to_tensor(x if tf.is_tensor(x) else checks.as_array(x), dtype=self.variable_dtype)
         expected = checks.format_shape(("batch", *(("...",) if self.event_shape is None else self.event_shape)))
         if x.shape.rank == 0 or (self.event_shape and not x.shape[1:].is_compatible_with(self.event_shape)):
             raise ValueError(f"points must have shape {expected}, got {tuple(x.shape)}")
         return x
-
-    def check_points(self, name, x):
-        """Return data as an array (n, *event), or raise an error that says what is wrong with them."""
-        return checks.check_points(name, x, self.event_shape, self.variable_dtype, self.noise_range[0])
-
-    def check_batches(self, spec):
-        """Check what the batches of a ``tf.data.Dataset`` are made of."""
-        spec = spec[0] if isinstance(spec, tuple) else spec
-        if not isinstance(spec, tf.TensorSpec):
-            raise ValueError(f"a batch of x must be one tensor of points, got {spec}")
-        if not (spec.dtype.is_floating or spec.dtype.is_integer):
-            raise ValueError(f"x must be real numbers (floats or integers), got {spec.dtype.name}")
-
-    @contextlib.contextmanager
-    def naming_the_step(self):
-        """Turn TensorFlow's error about a number that is not finite into one that names the step."""
-        try:
-            yield
-        except tf.errors.InvalidArgumentError as error:
-            found = re.search(r"([^\s:}][^\n:}]*) is not finite", error.message)
-            if not found:
-                raise
-            raise not_finite(found[1], self.num_steps) from error
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -241,20 +248,36 @@ class Trainable(keras.Model):
             raise FileNotFoundError(f"there is no file {path}")
         if path.is_file():
             check_archive(path)
-        model = keras.saving.load_model(path, **options)
-        if not isinstance(model, cls):
-            raise ValueError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model
+        return checks.check_instance(str(path), keras.saving.load_model(path, **options), cls)
 
 
-def check_finite(value, name):
+def separate_optimizers(**optimizers):
+    """Give each of several networks an optimizer of its own: the one named for it, or a copy, if that is in use."""
+    separate = {}
+    for name, optimizer in optimizers.items():
+        optimizer = keras.optimizers.get(optimizer)
+        kind = type(optimizer).__name__
+        if getattr(optimizer, "inner_optimizer", optimizer).use_ema:
+            why = "an EGM averages the weights of its generator itself, by average_decay"
+            raise ValueError(f"{name} must not have use_ema=True, as this {kind} has: {why}")
+        if optimizer.built or any(optimizer is other for other in separate.values()):
+            needed = f"{name} must be a new {kind}, as this one is in use and cannot be copied"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # it warns of functions before it refuses them
+                    copy = type(optimizer).from_config(optimizer.get_config())
+            except Exception as error:
+                raise ValueError(f"{needed}: {error}") from error
+            if any("exclude" in name for name in vars(optimizer).keys() - vars(copy).keys()):
+                raise ValueError(f"{needed}: its exclusions from weight decay would be lost")
+            optimizer = copy
+        separate[name] = optimizer
+    return separate.values()
+
+
+def assert_finite(value, name):
     """Return a tensor, which raises ``tf.errors.InvalidArgumentError`` when it is computed if it is not finite."""
     return tf.debugging.check_numerics(value, f"{name} is not finite")
-
-
-def is_array(x):
-    """Whether data are an array, or what NumPy makes one of."""
-    return hasattr(x, "__array__") or isinstance(x, (list, tuple, numbers.Number))
 
 
 def is_for_keras(filepath, overwrite=True):

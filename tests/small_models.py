@@ -102,7 +102,7 @@ def record_calls(monkeypatch, owner, name):
     def recording(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         arguments = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        arrays = {key: np.array(value) for key, value in arguments.items() if key != "self"}
+        arrays = {key: np.array(value) for key, value in list(arguments.items())[1:]}  # without the model itself
         calls.append({"self": self, "result": float(result), **arrays})
         return result
 

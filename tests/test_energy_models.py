@@ -269,11 +269,11 @@ def record_losses(monkeypatch):
 def test_steps_leave_the_other_networks_alone(kind, frozen):
     egm = make_egm(kind)
     egm.compile(SGD(0.0 if frozen == "DDEs" else 0.01), SGD(0.0 if frozen == "generator" else 0.01), run_eagerly=True)
-    parts = {name: getattr(egm, name) for name in ("dde_real", "dde_fake", "generator", "average_generator")}
-    before = {name: part.get_weights() for name, part in parts.items()}
+    parts = {**{name: net.weights for name, net in egm.networks.items()}, "averages": egm.averages}
+    before = {name: [weight.numpy() for weight in weights] for name, weights in parts.items()}
     egm.fit(normal(10, 3), batch_size=5, verbose=0)
-    changed = {name for name, part in parts.items() if differ(before[name], part.get_weights())}
-    assert changed == ({"generator", "average_generator"} if frozen == "DDEs" else {"dde_real", "dde_fake"})
+    changed = {name for name, weights in parts.items() if differ(before[name], weights)}
+    assert changed == ({"generator", "averages"} if frozen == "DDEs" else {"dde_real", "dde_fake"})
 
 
 @pytest.mark.parametrize("kind", ["fixed", "range"])
@@ -315,7 +315,7 @@ def test_dde_steps_descend_the_loss_of_each_dde(kind, monkeypatch):
     # The points come from the generator after its step, not from the moving average of it.
     z, _ = egm.draw_latents(7, "latents", 0)
     np.testing.assert_allclose(calls[1][0]["x"], egm.generator(z), rtol=1e-5, atol=1e-6)
-    assert not np.allclose(calls[1][0]["x"], egm.average_generator(z), rtol=1e-2)
+    assert not np.allclose(calls[1][0]["x"], egm(z), rtol=1e-2)
     for dde, stepped, (call,) in zip(ddes_of(untouched), ddes_of(egm), calls[:2], strict=True):
         with tf.GradientTape() as tape:
             loss = dde.denoising_loss(tf.constant(call["x"]), tf.constant(call["key"]))
@@ -479,12 +479,12 @@ def test_logs_are_means_over_the_points_of_an_epoch(make_model, monkeypatch):
 def test_evaluation_repeats_itself(make_model):
     model = make_model("range")
     model.compile(*[SGD(0.0)] * (2 if make_model is make_egm else 1), run_eagerly=True)
-    x, before = normal(10, 3), model.get_weights()
+    x, before = normal(10, 3), [weight.numpy() for weight in model.trainable_weights]
     first = model.evaluate(x, batch_size=4, verbose=0, return_dict=True)
     history = model.fit(x, validation_data=x, validation_batch_size=4, epochs=2, verbose=0).history
     assert model.evaluate(x, batch_size=4, verbose=0, return_dict=True) == first
     assert {name: history[f"val_{name}"] for name in first} == {name: [value] * 2 for name, value in first.items()}
-    assert_equal_arrays(before, model.get_weights())
+    assert_equal_arrays(before, model.trainable_weights)
 
 
 # --- Files ---
@@ -516,7 +516,7 @@ def test_a_loaded_model_is_the_saved_one(kind, tmp_path):
     if isinstance(model, EGM):
         np.testing.assert_array_equal(model.sample(5, seed=1), loaded.sample(5, seed=1))
         assert (loaded.seed, loaded.dde_steps, loaded.latents_per_point, loaded.average_decay) == (11, 2, 2, 0.15)
-        assert differ(loaded.generator.get_weights(), loaded.average_generator.get_weights())
+        assert differ(loaded.generator.get_weights(), loaded.averages)
     for saved_dde, loaded_dde in zip(ddes_of(model), ddes_of(loaded), strict=True):
         assert_equal_arrays(saved_dde(x), loaded_dde(x))
         assert loaded_dde.noise_std == NOISE[kind.removeprefix("EGM ")]

@@ -4,19 +4,22 @@ import keras
 import numpy as np
 import pytest
 from scipy import stats
-from small_models import assert_equal_arrays, make_egm, normal, relative_error
+from small_models import assert_equal_arrays, double_precision, make_egm, normal, relative_error
 
-from egm_dde.networks import (
-    GaussianLogDensity,
-    NoiseScaling,
+from egm_dde.image_networks import (
     PixelMixture,
-    RandomFourierFeatures,
     ScoreScaling,
     Windows,
-    build_energy_net,
-    build_generator,
     build_image_energy_net,
     build_image_generator,
+)
+from egm_dde.networks import (
+    DataScaling,
+    GaussianLogDensity,
+    NoiseScaling,
+    RandomFourierFeatures,
+    build_energy_net,
+    build_generator,
 )
 
 IMAGES = normal(50, 4, 3, 2, seed=3) * np.linspace(0.5, 2, 24).reshape(4, 3, 2) + 1
@@ -24,6 +27,10 @@ IMAGES = normal(50, 4, 3, 2, seed=3) * np.linspace(0.5, 2, 24).reshape(4, 3, 2) 
 
 def sizes_of(net, layer_class, size):
     return [getattr(layer, size) for layer in net.layers if isinstance(layer, layer_class)]
+
+
+def last_dense(net):
+    return [layer for layer in net.layers if isinstance(layer, keras.layers.Dense) and layer.trainable][-1]
 
 
 # --- Layers ---
@@ -110,8 +117,9 @@ def test_pixel_mixture_is_the_log_ratio_to_the_gaussian_of_the_same_moments():
 @pytest.mark.parametrize(
     ("layer", "options"),
     [
-        (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3}),
-        (NoiseScaling, {"data_std": 1.3}),
+        (RandomFourierFeatures, {"num_features": 5, "scale": 1.7, "seed": 3, "data_mean": [1.0, 2.0]}),
+        (NoiseScaling, {"data_std": [1.3, 2.0]}),
+        (DataScaling, {"data_std": 1.3, "data_mean": 2.0}),
         (GaussianLogDensity, {"data_std": 1.3}),
     ],
 )
@@ -135,8 +143,7 @@ def test_energy_net_returns_one_number_a_point(dim, noise_conditional):
 
 def test_energy_net_without_its_last_layer_is_the_base_measure():
     net = build_energy_net(3, True, (5,), num_features=2, data_std=1.5)
-    last_layer = [layer for layer in net.layers if isinstance(layer, keras.layers.Dense)][-1]
-    last_layer.set_weights([np.zeros((5, 1))])
+    last_dense(net).set_weights([np.zeros((5, 1))])
     x = normal(4, 3)
     log_density = net([x, np.full((4, 1), np.log(0.7), np.float32)])[:, 0]
     np.testing.assert_allclose(log_density, gaussian_log_density(x, 1.5**2 + 0.7**2), rtol=1e-5)
@@ -181,6 +188,78 @@ def test_networks_are_built_in_silence(capsys):
     make_egm().compile()
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+# --- Data of any units ---
+
+SHIFT, SCALE = np.array([300.0, -2e4, 0.5]), np.array([2.0, 1e3, 0.01])
+CORRELATED = normal(2000, 3, seed=7) @ np.array([[1.0, 0.6, 0.0], [0.0, 0.8, 0.3], [0.0, 0.0, 0.5]])
+
+
+def log_density(net, x, level=None):
+    return net(x if level is None else [x, np.full((len(x), 1), np.log(level))]).numpy()
+
+
+@pytest.mark.parametrize("num_features", [0, 5])
+@double_precision()
+def test_networks_built_for_data_are_the_same_in_any_units(num_features):
+    # Of all coordinates in one unit, the noise too: the log density of the other units, and the points in them.
+    for level in (None, 0.3):
+        options = {"noise_conditional": level is not None, "widths": (6,), "num_features": num_features, "seed": 1}
+        values = []
+        for shift, scale in ((0.0, 1.0), (1e-3 * SHIFT, 1e-3), (1e6, 1e4)):
+            net = build_energy_net(data=shift + scale * CORRELATED, **options)
+            values.append(log_density(net, shift + scale * CORRELATED[:9], level and level * scale)[:, 0])
+        for other in values[1:]:
+            np.testing.assert_allclose(other - other[0], values[0] - values[0][0], rtol=1e-6, atol=1e-6)
+    z = normal(9, 3, seed=2)
+    y = build_generator(3, data=CORRELATED, widths=(6,), num_features=4)(z)
+    moved = build_generator(3, data=SHIFT + SCALE * CORRELATED, widths=(6,), num_features=4)(z)
+    np.testing.assert_allclose(moved, SHIFT + SCALE * y.numpy(), rtol=1e-6)
+
+
+@double_precision()
+def test_networks_built_for_data_start_at_their_gaussian():
+    data = SHIFT + SCALE * CORRELATED
+    mean, covariance = data.mean(axis=0), np.cov(data, rowvar=False, bias=True)
+    for level in (None, 0.2, 500.0):
+        net = build_energy_net(data=data, noise_conditional=level is not None, widths=(6,))
+        last_dense(net).set_weights([np.zeros((6, 1))])
+        variance = 0.0 if level is None else level**2
+        scaled = (covariance + variance * np.eye(3)) / np.outer(SCALE, SCALE)
+        expected = stats.multivariate_normal(mean / SCALE, scaled).logpdf(data[:9] / SCALE) - np.log(SCALE).sum()
+        given = log_density(net, data[:9], level)[:, 0]
+        np.testing.assert_allclose(given, expected, rtol=0.05 if level is None else 1e-7)
+    generator = build_generator(3, data=data, widths=(6,), num_features=4)
+    last_dense(generator).set_weights([np.zeros((6, 3)), np.zeros(3)])
+    y = generator(normal(200_000, 3)).numpy()
+    np.testing.assert_allclose((y.mean(axis=0) - mean) / SCALE, 0, atol=0.01)
+    np.testing.assert_allclose(
+        np.cov(y, rowvar=False) / np.outer(SCALE, SCALE), covariance / np.outer(SCALE, SCALE), atol=0.02
+    )
+
+
+def test_features_of_data_are_blurred_by_noise_of_their_units():
+    # The waves of two coordinates of other widths are damped as if noise had been added and averaged over.
+    layer = RandomFourierFeatures(3, 1.2, data_std=[2.0, 0.5], data_mean=[10.0, -3.0])
+    x, level = np.float32([[11.0, -3.2]]), 0.3
+    noisy = x + level * normal(400_000, 2)
+    expected = np.mean(layer(noisy)[:, 2:], axis=0)
+    given = layer(x, np.log(np.float32([[level]])))[0, 2:]
+    np.testing.assert_allclose(given, expected, atol=3e-3)
+    assert np.abs(expected - layer(x)[0, 2:]).max() > 0.02
+
+
+def test_data_that_are_no_base_for_a_network_are_refused():
+    for build in (build_energy_net, build_generator):
+        with pytest.raises(ValueError, match="data must be points that differ, got 5 alike"):
+            build(data=np.ones((5, 2)))
+        with pytest.raises(ValueError, match=r"data must have shape \(n, 3\), got \(2000, 2\)"):
+            build(dim=3, data=CORRELATED[:, :2])
+        with pytest.raises(ValueError, match=r"data_std is that of data, where data are given; got 1\.5"):
+            build(data=CORRELATED, data_std=1.5)
+    constant = np.column_stack([CORRELATED, np.full(2000, 7.0)])
+    assert np.isfinite(log_density(build_energy_net(data=constant), constant[:9])).all()
 
 
 SMALL = {"widths": (6, 6), "num_features": 3, "feature_scale": 1.0, "data_std": 2.0}

@@ -129,7 +129,7 @@ def test_chunks_do_not_matter(monkeypatch):
         lambda: np.array(log_partition(dde, x, 250, num_steps=5, seed=0)),
     ):
         whole = sample()
-        monkeypatch.setattr(sampling, "POINTS_PER_CHUNK", 10)
+        monkeypatch.setattr(sampling, "chunk_size", lambda _: 10)
         np.testing.assert_allclose(sample(), whole, rtol=1e-5, atol=1e-5)
         monkeypatch.undo()
     moved = langevin(exact_dde(0.5, [[0.0]], [[0.75]]), np.zeros((2500, 1)), 3, step_size=0.1, seed=0)

@@ -4,7 +4,7 @@ import tensorflow as tf
 from scipy import stats
 from small_models import normal
 
-from egm_dde import draws, targets
+from egm_dde import targets
 
 
 def average_over_sources(x, noisy_x, noise_std):
@@ -72,23 +72,3 @@ def test_the_expected_square_meets_the_mean_target_and_keeps_its_expectation():
         np.testing.assert_allclose(tape.gradient(square, estimate), 2 * (estimate - mean_target), rtol=1e-6)
     expected = np.average((estimate - possible_targets) ** 2, axis=0, weights=probabilities)
     np.testing.assert_allclose(np.average(squares, axis=0, weights=probabilities), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dim", [1, 2, 16])
-def test_latents_of_a_batch_are_normal_and_spread_evenly(dim):
-    draw = tf.function(lambda step: targets.spread_latents(200, dim, draws.draw_key(0, "latents", step)))
-    z = np.array([draw(tf.constant(step)) for step in range(400)])  # (draws, 200, dim)
-    assert z.shape == (400, 200, dim)
-    for place in (0, 1, 199):  # each latent by itself
-        for column in z[:, place].T:
-            assert stats.kstest(column, "norm").pvalue > 1e-4
-    # The share of a batch in a quarter of the space, and the means of its coordinates: unbiased, and less scattered
-    # than those of independent latents.
-    shares = (z[:, :, 0] < stats.norm.ppf(0.25)).mean(axis=1) if dim == 1 else (z[:, :, :2] < 0).all(2).mean(axis=1)
-    assert abs(shares.mean() - 0.25) < 5 * shares.std() / 20 + 1e-9
-    assert shares.std() < 0.5 * np.sqrt(0.25 * 0.75 / 200)
-    assert (z.mean(axis=1).std(axis=0) < 0.5 / np.sqrt(200)).all()
-    # In no other pair of coordinates are they worse than independent ones.
-    rows, columns = np.triu_indices(dim, 1)
-    products = np.einsum("bni,bnj->bij", z, z)[:, rows, columns] / 200
-    assert (products.std(axis=0) < 1.2 / np.sqrt(200)).all()
