@@ -1,6 +1,8 @@
 """Data, networks and settings that must end in a clear error, or work."""
 
+import itertools
 import warnings
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -41,12 +43,30 @@ class Nothing:
     """Something that is no data at all."""
 
 
+class Nullable:
+    """A table whose values may be missing, as those of pandas with nullable columns."""
+
+    def __init__(self, dtype, values):
+        self.dtypes, self.values = [SimpleNamespace(kind={"Int64": "i"}.get(dtype, "O"))], np.array(values, object)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def to_numpy(self, dtype, na_value):
+        return np.where(self.values == None, na_value, self.values).astype(dtype)  # noqa: E711
+
+
 BAD_DATA = {
     "None": (None, "must be an array or batches of points, got a NoneType"),
     "NaN": (with_entry(np.nan), r"NaN.* in 1 of 6 points, first at index 2: \["),
     "infinity": (with_entry(-np.inf, row=4), "first at index 4"),
+    "a masked value": (np.ma.array(normal(6, 2), mask=np.eye(6, 2, -2)), "in 2 of 6 points, first at index 2"),
+    "a masked integer": (np.ma.array(np.ones((6, 2), int), mask=np.eye(6, 2, -3)), "in 2 of 6 points.* index 3"),
+    "a missing value": (Nullable("Int64", [[1, 2], [None, 4]]), "in 1 of 2 points, first at index 1"),
+    "nullable text": (Nullable("string", [["1", "2"]]), "must be real numbers .* got object"),
     "too large for float32": (np.full((6, 2), 1e39), "too large for float32 in 6 of 6"),
     "too large for its noise": (normal(6, 2) + 1e8, r"lie 8 apart, too far for a noise_std of 0\.3: subtract the mean"),
+    "rounded": (np.float16(normal(6, 2) + 1000), r"lie 0\.5 apart, too far for a noise_std of 0\.3"),
     "no points": (np.zeros((0, 2)), r"at least one point, got shape \(0, 2\)"),
     "a number": (1.0, r"must have shape \(n, 2\), got \(\)"),
     "a vector": (normal(6), r"must have shape \(n, 2\), got \(6,\)"),
@@ -77,7 +97,7 @@ def models_fixture():
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data_are_refused_and_change_nothing(name, models):
     x, message = BAD_DATA[name]
-    for model in models[: 1 if name == "too large for its noise" else 2]:  # the EGM has another noise
+    for model in models[: 1 if name in ("too large for its noise", "rounded") else 2]:  # the EGM has another noise
         before = model.get_weights()
         with pytest.raises(ValueError, match=message):
             model.fit(x, verbose=0)
@@ -91,6 +111,72 @@ def test_bad_data_are_refused_everywhere(name, models):
         models[0].evaluate(x, verbose=0)
     with pytest.raises(ValueError, match="validation_data"):
         models[0].fit(normal(6, 2), validation_data=x, verbose=0)
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of three points."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def __len__(self):
+        return -(-len(self.x) // 3)
+
+    def __getitem__(self, index):
+        return (self.x[3 * index : 3 * index + 3],)
+
+
+CONTAINERS = {
+    "array": np.asarray,
+    "dataset": lambda x: tf.data.Dataset.from_tensor_slices(x).batch(3),
+    "dataset of unknown length": lambda x: tf.data.Dataset.from_tensor_slices(x).filter(lambda _: True).batch(3),
+    "dataset of pairs": lambda x: tf.data.Dataset.from_tensor_slices((x, x)).batch(3),
+    "PyDataset": Batches,
+    "generator": lambda x: ((x[start : start + 3],) for start in range(0, len(x), 3)),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_data_far_from_zero_are_refused_or_warned_of_in_any_container(kind, models):
+    dde, container, before = models[0], CONTAINERS[kind], models[0].get_weights()
+    for x in (normal(6, 2) + 1e8, np.float16(normal(6, 2) + 1000)):
+        with pytest.raises(
+            ValueError, match=r"x are as large as .* too far for a noise_std of 0\.3: subtract the mean"
+        ):
+            dde.fit(container(x), verbose=0)
+    assert_equal_arrays(before, dde.get_weights())
+    shifted = normal(6, 2) + np.float32([0, 290])
+    message = r"net was built for data with mean 0 and standard deviation 2, and column 1 of x has mean 2\d\d.* data=x"
+    with pytest.warns(UserWarning, match=message):
+        make_dde(1e-9).fit(container(shifted), verbose=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*was built for data")
+        net = build_energy_net(data=shifted, widths=(5,), num_features=3)
+        for quiet, x in ((make_dde(1e-9), normal(6, 2)), (DDE(net, 0.3), shifted)):
+            quiet.compile()
+            quiet.fit(container(x), verbose=0)
+
+
+def test_data_of_other_units_are_warned_of_for_each_network():
+    x = 1e3 + normal(64, 2)
+    built = [build_energy_net(data=x, widths=(5,), seed=seed) for seed in (0, 1)] + [build_generator(data=x)]
+    default = [build_energy_net(widths=(5,)), build_energy_net(widths=(5,), seed=1), build_generator()]
+    for chosen in itertools.product((0, 1), repeat=3):
+        real, fake, generator = ((built, default)[is_default][i] for i, is_default in enumerate(chosen))
+        egm = EGM(DDE(real, 0.3), DDE(fake, 0.3), generator, dde_steps=1)
+        egm.compile(SGD(1e-9), SGD(1e-9), run_eagerly=True)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            egm.fit(x, batch_size=64, verbose=0)
+        names = ("dde_real", "dde_fake", "generator")
+        expected = [name for name, is_default in zip(names, chosen, strict=True) if is_default]
+        assert [str(each.message).split()[0] for each in found if "built for" in str(each.message)] == expected
+    for x, is_far in ((5.0 * normal(64, 2), True), (0.1 * normal(64, 2), True), (3 + normal(64, 2), False)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            make_dde(1e-9).fit(x, verbose=0)
+        assert any("built for" in str(each.message) for each in found) == is_far
 
 
 OPTIONS = [{}, {"jit_compile": True}, {"steps_per_execution": 3}, {"run_eagerly": True}]

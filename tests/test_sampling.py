@@ -13,7 +13,7 @@ from small_models import double_precision
 
 from egm_dde import sampling
 from egm_dde.evaluation import mode_shares
-from egm_dde.sampling import annealed_langevin, langevin, log_partition
+from egm_dde.sampling import annealed_langevin, correct, langevin, log_partition
 from energy_models import DDE, EGM, build_energy_net
 from utils import GAUSSIAN_CENTRES, GAUSSIAN_STD, distances_to_modes, sample_2d_data
 
@@ -175,6 +175,81 @@ def test_annealed_langevin_follows_its_recursion_on_a_gaussian():
     assert_gaussian(annealed_langevin(dde, 100_000, 4, ratio, seed=4), mean, variance)
 
 
+# --- Corrected points ---
+
+FAR_APART, STD = [[-2.0, 0.0], [2.0, 0.0]], 0.3
+
+
+def two_modes(noise_std, left, offset=OFFSET):
+    return exact_dde(noise_std, FAR_APART, STD**2 * np.eye(2), weights=[left, 1 - left], offset=offset)
+
+
+def sampler_of(dde):
+    return lambda n, seed: draw_data(dde, n, seed)
+
+
+@pytest.mark.parametrize(
+    ("noise_std", "options"),
+    [
+        (0.2, {}),
+        ((0.1, 1.0), {"noise_std": 0.2}),
+        ((0.05, 1.0), {"noise_std": 0.3, "rejection_std": 0.5}),
+        ((0.05, 1.0), {"noise_std": 0.3, "rejection_std": 0.5, "denoise_std": 0.2}),
+    ],
+)
+def test_corrected_points_have_the_density_that_both_reach(noise_std, options):
+    # Of modes with shares 80 and 20 % in the data, 50 and 50 % in the points, min(1, r) leaves 50 and 20.
+    real, fake = two_modes(noise_std, 0.8), two_modes(noise_std, 0.5, offset=30.0)
+    x = correct(sampler_of(fake), 60_000, real, fake, seed=1, **options)
+    assert x.shape == (60_000, 2) and x.dtype == np.float32
+    is_left = x[:, 0] < 0
+    assert abs(is_left.mean() - 0.5 / 0.7) < 4.5 * np.sqrt(0.2 / len(x))
+    # A step of the flow on a Gaussian multiplies the distance from its mean.
+    level, clean = options.get("noise_std", 0.2), STD**2
+    noisy, halfway = clean + level**2, clean + level**2 / 2
+    is_midpoint = isinstance(noise_std, tuple)
+    factor = 1 - level**2 / 2 * ((1 - level**2 / 4 / noisy) / halfway if is_midpoint else 1 / noisy)
+    factor *= clean / (clean + options["denoise_std"] ** 2) if "denoise_std" in options else 1
+    for part, mean in ((x[is_left], FAR_APART[0]), (x[~is_left], FAR_APART[1])):
+        assert_gaussian(part, mean, factor**2 * noisy)
+
+
+def test_default_level_of_corrected_points():
+    real, fake = two_modes((0.1, 1.0), 0.8), two_modes((0.1, 1.0), 0.5)
+    given = correct(sampler_of(fake), 50, real, fake, noise_std=0.2 * math.sqrt(2), seed=1)
+    np.testing.assert_array_equal(correct(sampler_of(fake), 50, real, fake, seed=1), given)
+
+
+def test_as_many_corrected_points_come_as_were_asked_for():
+    real, fake, sizes = two_modes((0.1, 1.0), 0.9), two_modes((0.1, 1.0), 0.1), []
+
+    def sample(n, seed):
+        sizes.append(n)
+        return draw_data(fake, n, seed)
+
+    x = correct(sample, 10_000, real, fake, seed=2)
+    assert x.shape == (10_000, 2)
+    # A fifth is kept, and the constant is that of all points, be they drawn in one go or in several.
+    assert sizes[0] == 11_000 and sum(sizes) > 45_000
+    assert abs(np.mean(x[:, 0] < 0) - 0.5) < 4.5 * np.sqrt(0.25 / len(x))
+
+
+def test_densities_that_have_nothing_in_common_correct_nothing():
+    real, fake = (exact_dde((0.1, 1.0), [mean], 0.01 * np.eye(2)) for mean in ([0.0, 0.0], [5.0, 0.0]))
+    with pytest.raises(ValueError, match=r"too little in common to correct points: they keep \d+ of 2200 points"):
+        correct(sampler_of(fake), 2000, real, fake, seed=1)
+    with pytest.raises(ValueError, match="too little in common"):
+        correct(sampler_of(fake), 20, two_modes(0.3, 0.5, offset=math.nan), two_modes(0.3, 0.5))
+
+
+def test_an_egm_corrects_its_samples():
+    egm = EGM.load("example_models/rings.keras")
+    expected = correct(egm.sample, 500, egm.dde_real, egm.dde_fake, noise_std=0.1, seed=3)
+    np.testing.assert_array_equal(egm.sample(500, seed=3, corrected=True, noise_std=0.1), expected)
+    with pytest.raises(ValueError, match="noise_std cannot be given without corrected=True"):
+        egm.sample(5, noise_std=0.1)
+
+
 # --- The constant ---
 
 
@@ -227,6 +302,16 @@ def test_log_partition_of_one_low_level_with_far_modes():
     dde = exact_8gaussians(noise_std=0.1)
     data = sample_2d_data("8gaussians", 4000, rng=0)
     assert_estimates(log_partition(dde, data, n_samples=5000, seed=4), largest_error=0.03)
+
+
+def test_log_partition_of_untied_levels_needs_one():
+    dde = exact_8gaussians()
+    dde.dual_weight = 0.0
+    data = sample_2d_data("8gaussians", 1000, rng=0)
+    with pytest.raises(ValueError, match=r"noise_std must be the level to integrate at, within \(0.1, 1.5\), got None"):
+        log_partition(dde, data)
+    assert log_partition(dde, data, n_samples=100, noise_std=0.5, num_steps=5, seed=0).noise_std == 0.5
+    assert log_partition(exact_8gaussians(), data, n_samples=100, num_steps=5, seed=0).noise_std == 1.5
 
 
 def test_annealing_goes_where_the_score_leads():
@@ -296,6 +381,9 @@ def calls(dde, **options):
         "langevin": lambda **more: langevin(dde, x, **{"num_steps": 5, **options, **more}),
         "adjusted": lambda **more: langevin(dde, x, **{"num_steps": 5, "adjusted": True, **options, **more}),
         "annealed_langevin": lambda **more: annealed_langevin(dde, 200, **{"num_levels": 3, **options, **more}),
+        "correct": lambda **more: correct(
+            lambda n, seed: normal(n, *dde.event_shape, seed=seed), 200, dde, dde, **more
+        ),
         "log_partition": lambda **more: log_partition(dde, x, **{"n_samples": 200, "num_steps": 9, **options, **more}),
     }
 

@@ -61,6 +61,37 @@ def test_averages_keep_their_meaning_where_rounding_would_swamp_them(dtype):
     np.testing.assert_allclose(mean_square[2:], noise[2:] ** 2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("offset", [0.0, 512.0])
+def test_averages_depend_on_differences_of_points_alone(offset, dtype):
+    # Multiples of 1/4 up to 512 and noise of 1/2 are exact in float32, near 0 in bfloat16, too.
+    rng = np.random.default_rng(0)
+    x, noise = rng.integers(-8, 8, (2, 50, 2)) / 4.0
+    columns = (x, x + 0.5 * noise, noise, np.full((50, 1), 0.5))
+    expected = targets.average_over_sources(*(tf.constant(column, tf.float64) for column in columns))
+    if offset and dtype == "bfloat16":
+        pytest.skip("these points are not exact")
+    columns = (x + offset, x + offset + 0.5 * noise, *columns[2:])
+    given = targets.average_over_sources(*(tf.cast(column, dtype) for column in columns))
+    for one, other in zip(given, expected, strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(
+            tf.cast(one, tf.float64), other, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e10])
+def test_the_last_block_is_not_filled_with_points(scale, monkeypatch):
+    # Two blocks of four and one of a single point, whose only source it is itself.
+    monkeypatch.setattr(targets, "SOURCES_PER_BLOCK", 4)
+    x = scale * normal(9, 1)[:, 0]
+    noise = normal(9, 1, seed=1)[:, 0]
+    mean_noise, mean_square = average_over_sources(x, x + scale * noise, np.full(9, scale, np.float32))
+    np.testing.assert_allclose(mean_noise[8], noise[8], rtol=1e-3)
+    np.testing.assert_allclose(mean_square[8], noise[8] ** 2, rtol=1e-2)
+    assert abs(mean_noise[:8] - noise[:8]).min() > 1e-3
+
+
 def test_the_expected_square_meets_the_mean_target_and_keeps_its_expectation():
     estimate, probabilities = tf.constant([0.7, -2.0]), [0.2, 0.3, 0.5]
     possible_targets = np.array([[1.0, 2.0], [-1.0, 0.5], [0.3, -4.0]], np.float32)

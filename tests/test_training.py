@@ -19,7 +19,7 @@ from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
 from keras.optimizers import SGD, Adam
 from small_models import assert_equal_arrays, normal
 
-from egm_dde.batches import Run, make_batches
+from egm_dde.batches import Position, make_batches
 from egm_dde.visualization import write_gif
 from energy_models import DDE, EGM, build_energy_net, build_generator
 
@@ -27,7 +27,7 @@ KINDS = ["DDE", "EGM"]
 NUM_POINTS, BATCH_SIZE, EPOCHS = 22, 4, 4  # the last of the 6 batches of an epoch is smaller
 
 
-def make_model(kind, noise_std=(0.2, 1.5), seed=3, **options):
+def make_model(kind, noise_std=(0.2, 1.5), seed=3, accumulation=None, **options):
     """Make a small compiled model."""
 
     def make_dde(net_seed):
@@ -39,7 +39,8 @@ def make_model(kind, noise_std=(0.2, 1.5), seed=3, **options):
     else:
         generator = build_generator(widths=(6,), num_features=4, seed=3)
         model = EGM(make_dde(1), make_dde(2), generator, dde_steps=1, seed=seed)
-    model.compile(*[Adam(0.01)] * (1 if kind == "DDE" else 2), **options)
+    optimizer = Adam(0.01, gradient_accumulation_steps=accumulation)
+    model.compile(*[optimizer] * (1 if kind == "DDE" else 2), **options)
     return model
 
 
@@ -143,6 +144,16 @@ def test_restored_training_goes_on_as_if_nothing_had_happened(kind, data_kind, u
     assert_ends_like(uninterrupted(kind, data_kind), model, history, first_epoch)
 
 
+def test_restored_training_goes_on_with_the_gradients_that_it_had_accumulated(tmp_path):
+    expected = make_model("DDE", accumulation=4)
+    history = fit(expected, "array")
+    for num_batches in (9, 5):  # four batches a step, and six an epoch
+        with pytest.raises(KeyboardInterrupt):
+            fit(make_model("DDE", accumulation=4), "array", BackupAndRestore(tmp_path), Interrupt(num_batches))
+    model = make_model("DDE", accumulation=4)
+    assert_ends_like((expected, history.history), model, fit(model, "array", BackupAndRestore(tmp_path)), 1)
+
+
 @pytest.mark.parametrize(
     "data_kind", ["array in parts", *slowly("array", "dataset", "endless dataset", "PyDataset in order")]
 )
@@ -174,6 +185,8 @@ def test_training_again_in_one_process_starts_at_the_first_epoch(tmp_path):
         fit(model, "array", BackupAndRestore(tmp_path / "backup"), Interrupt(8), epochs=2)
     fit(model, "array", BackupAndRestore(tmp_path / "backup"), epochs=2)
     assert fit(model, "array", epochs=2).epoch == [0, 1]
+    for first_epoch in (1, 3, 0):  # each begins where it is told to, whatever the one before was told
+        assert fit(model, "array", initial_epoch=first_epoch).epoch == [*range(first_epoch, EPOCHS)]
 
 
 @pytest.mark.slow
@@ -258,7 +271,7 @@ def test_data_are_tuned_only_where_that_is_asked_for(is_asked_for):
     model, x = make_model("DDE"), normal(4, 2)
     dataset = tf.data.Dataset.from_tensors(x).with_options(options)
     for batches, expected in (
-        (Run(model, 0).continue_dataset(dataset, 1)[0], is_asked_for),
+        (Position(model, 0).continue_dataset(dataset, 1)[0], is_asked_for),
         (make_batches(model, x, 2, True, None)[0], False),
     ):
         assert batches.options().autotune.enabled is expected
@@ -475,6 +488,6 @@ def test_damaged_files_are_refused(damage, whole_file, tmp_path):
         sequential(keras.layers.Dense(1)).save(path)
     else:
         path.write_bytes(content)
-    message = "holds a Sequential, not a DDE" if damage == "other" else r"damaged\.keras is"
+    message = "must be a DDE, got a Sequential" if damage == "other" else r"damaged\.keras is"
     with pytest.raises(ValueError, match=message):
         DDE.load(path)
