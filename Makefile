@@ -23,7 +23,7 @@ tutorial: $(INSTALLED) ## Execute egm_dde.ipynb in place (settings: DATASET, SEE
 
 # In a folder of their own: make gifs DATASET=rings OUTPUT_DIR=rings_images
 gifs: $(INSTALLED) ## Train on one data set and write its GIFs (settings: DATASET, SEED, EPOCHS, OUTPUT_DIR)
-	$(VENV)/bin/python train_models.py --gifs $(if $(DATASET),--dataset $(DATASET)) $(if $(SEED),--seed $(SEED)) \
+	$(VENV)/bin/python examples/train_models.py --gifs $(if $(DATASET),--dataset $(DATASET)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(OUTPUT_DIR),--output-dir "$(OUTPUT_DIR)")
 
 # Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
@@ -32,7 +32,7 @@ examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (three qua
 	$(VENV)/bin/python -m egm_dde.notebook $(EXAMPLES:%=examples/%.ipynb)
 
 models: $(INSTALLED) ## Train the ready-made models in example_models/ (ten minutes)
-	$(VENV)/bin/python train_models.py
+	$(VENV)/bin/python examples/train_models.py
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
 BENCHMARKS ?= step_time image_step_time scaling quality ablation peers published_recipe

@@ -229,14 +229,8 @@ class DDE(Trainable):
         shape = checks.input_shape(self.net)
         return None if shape is None else shape[1:]
 
-    @property
-    def networks(self):
-        """Networks by name."""
-        return {"net": self.net}
-
-    @property
-    def metrics(self):
-        return [self.loss_tracker]
+    networks = property(lambda self: {"net": self.net})
+    metrics = property(lambda self: [self.loss_tracker])
 
     def compile(self, optimizer=None, **options):
         """Set the optimizer; None is ``Adam(1e-3)``. Other arguments as for ``keras.Model.compile``."""
@@ -290,12 +284,9 @@ class EGM(Trainable):
     def sample(self, n_samples, seed=None, corrected=False, **options):
         """Generate points, a NumPy array (n_samples, *event) in data units, without added noise.
 
-        Args:
-            n_samples: number of points, an integer of at least 1.
-            seed: integer that makes them repeatable; None draws fresh ones.
-            corrected: False for one pass of the generator; True to mend its points by the two densities, as
-                ``egm_dde.sampling.correct`` does, so that fewer of them are where no data are.
-            **options: for ``egm_dde.sampling.correct``.
+        An integer ``seed`` makes them repeatable; None draws fresh ones. They come from one pass of the generator. With
+        ``corrected``, its two densities mend them, so that fewer are where no data are: see
+        ``egm_dde.sampling.correct``, also for ``options``.
         """
         checks.check_integer("n_samples", n_samples)
         seed = checks.check_seed(seed)
@@ -430,20 +421,9 @@ class EGM(Trainable):
         self.dde_real.compile(of_real, jit_compile=self.jit_compile)
         self.dde_fake.compile(of_fake, jit_compile=self.jit_compile)
 
-    @property
-    def latent_shape(self):
-        """Shape of a latent."""
-        return checks.input_shape(self.generator)[1:]
-
-    @property
-    def event_shape(self):
-        """Shape of a point."""
-        return self.dde_real.event_shape
-
-    @property
-    def noise_range(self):
-        """The lowest and the highest noise level."""
-        return self.dde_real.noise_range
+    latent_shape = property(lambda self: checks.input_shape(self.generator)[1:])
+    event_shape = property(lambda self: self.dde_real.event_shape)
+    noise_range = property(lambda self: self.dde_real.noise_range)
 
     @property
     def networks(self):

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from time import process_time  # of all threads, whatever else the machine does
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "examples")]
 
 from egm_dde.runtime import prepare_process
 

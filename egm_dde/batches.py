@@ -63,21 +63,6 @@ def ask_late(function):
     return tf.data.Dataset.range(1).map(lambda _: tf.numpy_function(lambda: np.int64(function()), [], tf.int64))
 
 
-def check_first(batches, check):
-    """The same batches, the first one checked: of a ``keras.utils.PyDataset`` now, of a generator on its way."""
-    if isinstance(batches, keras.utils.PyDataset):
-        check(points_of(batches[0]))
-        return batches
-
-    def look():
-        for index, batch in enumerate(batches):
-            if index == 0:
-                check(points_of(batch))
-            yield batch
-
-    return look()
-
-
 class Position(keras.callbacks.Callback):
     """The place of one ``fit`` in its data, be it begun by this process or by one that was interrupted."""
 

@@ -102,9 +102,8 @@ def check_instance(name, value, cls):
     if isinstance(value, cls):
         return value
     if any((kind.__module__, kind.__qualname__) == (cls.__module__, cls.__qualname__) for kind in type(value).__mro__):
-        raise ValueError(
-            f"{cls.__module__} was reloaded, and {name} holds a {cls.__name__} of before: restart the kernel"
-        )
+        remedy = f"{name} holds a {cls.__name__} of before: restart the kernel"
+        raise ValueError(f"{cls.__module__} was reloaded, and {remedy}")
     raise ValueError(f"{name} must be a {cls.__name__}, got a {type(value).__name__}: {value!r}")
 
 
@@ -176,9 +175,9 @@ def check_egm_parts(dde_real, dde_fake, generator):
     check_network("generator", generator, num_inputs=1)
     if dde_real is dde_fake or dde_real.net is dde_fake.net:
         raise ValueError("dde_real and dde_fake must be two DDEs with a network each, got one used twice")
-    real_std, fake_std = dde_real.noise_std, dde_fake.noise_std
-    if real_std != fake_std:
-        raise ValueError(f"dde_real and dde_fake must have the same noise_std, got {real_std!r} and {fake_std!r}")
+    if dde_real.noise_std != dde_fake.noise_std:
+        given = f"{dde_real.noise_std!r} and {dde_fake.noise_std!r}"
+        raise ValueError(f"dde_real and dde_fake must have the same noise_std, got {given}")
     for name, net in (("dde_real", dde_real.net), ("dde_fake", dde_fake.net), ("generator", generator)):
         if input_shape(net) is None:
             remedy = "give its network a keras.Input, or call it on a batch"
@@ -261,25 +260,29 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     return points
 
 
+def known_data(net):
+    """Yield mean and standard deviation, numbers or one a coordinate, of the data that layers were built for."""
+    for layer in walk_layers(net):
+        if getattr(layer, "data_std", None) is not None:
+            yield layer.data_mean, layer.data_std
+
+
 def warn_of_units(points, networks):
-    """Warn of data (n, d) far from those that a network was built for, as its layers with ``describe_data`` tell."""
+    """Warn of data (n, d) far from those that one of the networks, a dict by name, was built for."""
     if points.ndim != 2:
         return
     mean, std = points.mean(axis=0, dtype=np.float64), points.std(axis=0, dtype=np.float64)
     for name, net in networks.items():
-        for layer in (layer for layer in walk_layers(net) if hasattr(layer, "describe_data")):
-            known_mean, known_std = (np.broadcast_to(each, mean.shape) for each in layer.describe_data())
+        for known in known_data(net):
+            known_mean, known_std = (np.broadcast_to(each, mean.shape) for each in known)
             is_far = (abs(mean - known_mean) > FAR * np.maximum(std, known_std)) | (std > WIDE * known_std)
-            if len(points) > 1:
-                is_far |= NARROW * std < known_std
+            is_far |= (NARROW * std < known_std) & (len(points) > 1)
             if is_far.any():
-                column = int(np.argmax(is_far))
-                warnings.warn(
-                    f"{name} was built for data with mean {known_mean[column]:.4g} and standard deviation "
-                    f"{known_std[column]:.4g}, and column {column} of x has mean {mean[column]:.6g} and standard "
-                    f"deviation {std[column]:.4g}: build the network with data=x",
-                    stacklevel=4,
-                )
+                i = int(np.argmax(is_far))
+                built_for = f"mean {known_mean[i]:.4g} and standard deviation {known_std[i]:.4g}"
+                found = f"column {i} of x has mean {mean[i]:.6g} and standard deviation {std[i]:.4g}"
+                message = f"{name} was built for data with {built_for}, and {found}: build it with data=x"
+                warnings.warn(message, stacklevel=4)
                 break
 
 

@@ -5,23 +5,12 @@ import math
 import keras
 import numpy as np
 
-from egm_dde import checks
-from egm_dde.networks import (
-    CorrelatedGaussian,
-    DataLayer,
-    ExactLayer,
-    NoiseScaling,
-    energy_model,
-    exact_type,
-    initializers,
-    log_normal,
-    register,
-    stack_dense_layers,
-)
+from egm_dde import checks, networks
+from egm_dde.networks import exact_type, stack_dense_layers
 
 
-@register
-class PixelMixture(DataLayer):
+@networks.register
+class PixelMixture(networks.DataLayer):
     """Log density (batch, 1) of noisy pixels, each a mixture of black, white and grey, over that of Gaussian pixels.
 
     It adds to a Gaussian of images that most pixels of a drawing are as black or white as can be. Where the noise is
@@ -36,14 +25,16 @@ class PixelMixture(DataLayer):
         means, variances = (keras.ops.reshape(each, (3, 1, 1, 1)) for each in (self.means, self.variances))
         mean = keras.ops.sum(self.shares * means, axis=0)  # (height, width, channels)
         variance = keras.ops.sum(self.shares * (variances + means**2), axis=0) - mean**2
-        parts = keras.ops.log(self.shares) + log_normal(x, means, variances + noise_variance)
-        log_ratios = keras.ops.logsumexp(parts, axis=1, keepdims=True) - log_normal(x, mean, variance + noise_variance)
+        parts = keras.ops.log(self.shares) + networks.log_normal(x, means, variances + noise_variance)
+        log_ratios = keras.ops.logsumexp(parts, axis=1, keepdims=True) - networks.log_normal(
+            x, mean, variance + noise_variance
+        )
         fading = 1.0 / (1.0 + 4.0 / self.data_std**2 * keras.ops.exp(2.0 * log_noise_std))
         return fading * keras.ops.sum(log_ratios, axis=(2, 3, 4))
 
 
-@register
-class Windows(ExactLayer):
+@networks.register
+class Windows(networks.ExactLayer):
     """Cut images (batch, height, width, channels) into overlapping windows (batch, number of windows, pixels).
 
     They are squares of 8 pixels, 4 apart; a quarter of the outermost ones lies beyond the image.
@@ -61,8 +52,8 @@ class Windows(ExactLayer):
         return keras.ops.reshape(windows, (-1, (rows - 1) * (columns - 1), 4 * stride**2 * channels))
 
 
-@register
-class ScoreScaling(DataLayer):
+@networks.register
+class ScoreScaling(networks.DataLayer):
     """Multiply by sqrt(data_std^2 + noise_std^2) / noise_std: the lower the noise, the steeper the log density."""
 
     def call(self, hidden, log_noise_std):
@@ -88,11 +79,11 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0,
     num_parts = event_shape[-1] if separate_channels else 1
     statistics = _principal_components(np.concatenate(np.split(images[: 20_000 // num_parts], num_parts, axis=-1)))
     checks.check_sizes_and_scales({}, widths, {})
-    initial = initializers("GlorotUniform", checks.check_seed(seed))
+    initial = networks.initializers("GlorotUniform", checks.check_seed(seed))
     x = keras.Input(event_shape, dtype=exact_type(), name="x")
     log_noise_std = keras.Input((1,), dtype=exact_type(), name="log_noise_std")
     data_std = math.sqrt(np.mean(np.var(images[:20_000], axis=0)))
-    scaled = NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
+    scaled = networks.NoiseScaling(data_std)(keras.ops.reshape(x, (-1, math.prod(event_shape))), log_noise_std)
     scaled = keras.ops.reshape(scaled, (-1, *event_shape))
     windows = keras.ops.stack([Windows()(part) for part in keras.ops.split(scaled, num_parts, axis=-1)], axis=1)
     hidden = append_level(windows, log_noise_std)  # (batch, parts, windows, pixels and level)
@@ -105,12 +96,12 @@ def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0,
         hidden = stack_dense_layers(append_level(hidden, log_noise_std), (width,), activation, initial)
         hidden = keras.layers.Flatten()(hidden)  # the first layer looks at each part, those after it at all of them
     hidden = ScoreScaling(data_std)(keras.layers.Concatenate()([*found, hidden]), log_noise_std)
-    gaussian, mixture = CorrelatedGaussian(), PixelMixture(data_std)
+    gaussian, mixture = networks.CorrelatedGaussian(), PixelMixture(data_std)
     parts = keras.ops.split(x, num_parts, axis=-1)
     base_measure = sum((gaussian(part, log_noise_std) for part in parts), mixture(x, log_noise_std))
     gaussian.set_weights(statistics)
     mixture.set_weights(_pixel_statistics(images))
-    return energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initial))
+    return networks.energy_model("image_energy_net", x, log_noise_std, hidden, base_measure, next(initial))
 
 
 def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0):  # noqa: D417
@@ -131,7 +122,7 @@ def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0)
     checks.check_sizes_and_scales({}, widths, {})
     checks.check_integer("latent_dim", latent_dim, 1, len(mean) + 1)
     seed, exact = checks.check_seed(seed), exact_type()
-    initial = initializers("HeNormal", seed)
+    initial = networks.initializers("HeNormal", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     linear = keras.layers.Dense(len(mean), dtype=exact)
     start = linear(z)

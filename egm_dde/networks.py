@@ -29,11 +29,11 @@ class ExactLayer(keras.layers.Layer):
 
 
 class DataLayer(ExactLayer):
-    """A layer that knows the clean data, roughly: their mean and standard deviation, numbers or one a coordinate."""
+    """A layer that knows the clean data, roughly: their standard deviation (or None) and mean, for each coordinate."""
 
     options = ("data_std", "data_mean")
 
-    def __init__(self, data_std=1.0, data_mean=0.0, **kwargs):
+    def __init__(self, data_std=None, data_mean=0.0, **kwargs):
         super().__init__(**kwargs)
         self.data_std, self.data_mean = data_std, data_mean
 
@@ -57,9 +57,9 @@ class RandomFourierFeatures(DataLayer):
 
     Args:
         num_features: number of frequencies; the output has ``dim + 2 * num_features`` columns.
-        scale: standard deviation of the frequencies, in radians per data_std.
+        scale: standard deviation of the frequencies, in radians per data_std, or without one per data unit.
         seed: integer that fixes the frequencies.
-        **kwargs: ``data_std`` and ``data_mean``, data units.
+        **kwargs: ``data_std`` and ``data_mean``, in data units.
     """
 
     options = ("num_features", "scale", "seed", *DataLayer.options)
@@ -74,7 +74,7 @@ class RandomFourierFeatures(DataLayer):
 
     def call(self, x, log_noise_std=None):
         x, frequencies = self.centre(x), self.frequencies
-        if self.data_std != 1.0:
+        if self.data_std is not None:
             data_std = keras.ops.convert_to_tensor(self.data_std, x.dtype)
             x, frequencies = x / data_std, self.frequencies / keras.ops.reshape(data_std, (-1, 1))  # per data unit
         phases = keras.ops.matmul(x, self.frequencies)  # (batch, num_features)
@@ -105,10 +105,6 @@ class DataScaling(DataLayer):
         scale, offset = (keras.ops.convert_to_tensor(each, u.dtype) for each in (self.data_std, self.data_mean))
         return scale * u + offset
 
-    def describe_data(self):
-        """Mean and standard deviation of the data, numbers or one a coordinate."""
-        return self.data_mean, self.data_std
-
 
 @register
 class GaussianLogDensity(DataLayer):
@@ -119,10 +115,6 @@ class GaussianLogDensity(DataLayer):
 
     def call(self, x, log_noise_std=None):
         return keras.ops.sum(log_normal(x, 0.0, self.noisy_variance(x, log_noise_std)), axis=-1, keepdims=True)
-
-    def describe_data(self):
-        """Mean and standard deviation of the data."""
-        return 0.0, self.data_std
 
 
 @register
@@ -141,11 +133,6 @@ class CorrelatedGaussian(ExactLayer):
         coordinates = keras.ops.matmul(flat - self.mean, self.components)
         variances = self.variances if log_noise_std is None else self.variances + keras.ops.exp(2.0 * log_noise_std)
         return keras.ops.sum(log_normal(coordinates, 0.0, variances), axis=-1, keepdims=True)
-
-    def describe_data(self):
-        """Mean and standard deviation (d,) of the data."""
-        mean, components, variances = self.get_weights()
-        return mean, np.sqrt(np.square(components) @ variances)
 
 
 def build_energy_net(

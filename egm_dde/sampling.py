@@ -1,7 +1,9 @@
 """Points and constants from densities: Langevin dynamics, corrected points, and the constant that normalises a density.
 
-All functions take a trained ``energy_models.DDE`` and leave it as it is. They raise ValueError for other arguments than
-described, and FloatingPointError where points or log densities are not finite: the steps are too large.
+All functions take trained ``energy_models.DDE`` and leave them as they are. Points are arrays (n, *event), and noise
+levels numbers, in data units. An integer ``seed`` makes a result repeatable; None draws fresh numbers. They raise
+ValueError for other arguments than described, and FloatingPointError where points or log densities are not finite: the
+steps are too large.
 """
 
 import functools
@@ -48,18 +50,9 @@ def langevin(dde, x, num_steps=200, step_size=None, noise_std=None, adjusted=Fal
     exchange no points in feasible time. Steps below 2 noise_std^2 are stable, but not free of error: where the density
     is Gaussian of variance a^2, the points have the variance a^2 / (1 - step_size / (2 a^2)).
 
-    Args:
-        dde: ``DDE``.
-        x: start points (n, *event), in data units; data with noise of this level are the best start.
-        num_steps: number of steps, an integer of at least 1.
-        step_size: a positive number, in squared data units; None is 0.1 noise_std^2.
-        noise_std: for a DDE of a range of levels, the level, in data units; None is the lowest.
-        adjusted: whether a step is accepted or rejected by the rule of Metropolis and Hastings (MALA), so that the
-            density is met exactly at any step size.
-        seed: integer for repeatable points; None draws fresh noise.
-
-    Returns:
-        NumPy array (n, *event), in data units.
+    The best start x are data with noise of this level. ``step_size``, in squared data units, is 0.1 noise_std^2 by
+    default, and ``noise_std`` the lowest level. With ``adjusted``, each step is accepted or rejected by the rule of
+    Metropolis and Hastings (MALA), so that the density is met exactly at any step size. Returns the points.
     """
     check_dde(dde)
     num_steps = checks.check_integer("num_steps", num_steps)
@@ -87,15 +80,9 @@ def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, seed=None):
     In all, the network is evaluated 2 num_levels + 9 times. At the end, t = 0 takes the noise of the lowest level off
     (half-denoising, arXiv:2410.05837); ``DDE.denoise`` would go twice as far, which shrinks a distribution.
 
-    Args:
-        dde: ``DDE`` of a range of levels, the highest one about as wide as the data or wider; data that are centred.
-        n_samples: number of points, an integer of at least 1.
-        num_levels: number of levels, an integer of at least 2.
-        step_ratio: step size in units of the squared level, a positive number; 0.1 to 0.6 are good, 2 is unstable.
-        seed: integer for repeatable points; None draws fresh ones.
-
-    Returns:
-        NumPy array (n_samples, *event), in data units.
+    The highest level of ``dde`` has to be about as wide as the data or wider, and the data have the mean that its
+    network was built for, or 0. ``num_levels`` is at least 2; ``step_ratio`` 0.1 to 0.6 is good, 2 is unstable. Returns
+    n_samples points.
     """
     check_dde(dde)
     low, high = dde.noise_range
@@ -111,6 +98,8 @@ def annealed_langevin(dde, n_samples, num_levels=60, step_ratio=0.3, seed=None):
     keys = (draws.draw_key(seed, "annealed_langevin", step) for step in itertools.count())
     # As wide as the noisy density is where the data are as wide as the noise.
     x = math.sqrt(2) * high * draws.normal((n_samples, *dde.event_shape), next(keys), dde.variable_dtype)
+    for mean, _ in itertools.islice(checks.known_data(dde.net), 1):
+        x += tf.constant(mean, x.dtype)
     levels = [*np.geomspace(high, low, num_levels).tolist(), 0.0]
     evaluate_at = compile_dde(dde, x)
     for level, next_level in itertools.pairwise(levels):
@@ -139,17 +128,14 @@ def correct(sample, n_samples, dde_real, dde_fake, noise_std=None, rejection_std
     highest level by 0.003.)
 
     Args:
-        sample: callable ``sample(n, seed=integer)`` -> clean points (n, *event), in data units.
-        n_samples: number of points to return, an integer of at least 1.
+        sample: callable ``sample(n, seed=integer)`` -> clean points (n, *event), whose noisy density is ``dde_fake``.
+        n_samples: number of points to return.
         dde_real: ``DDE`` of the data.
         dde_fake: ``DDE`` of what ``sample`` draws.
-        noise_std: noise level, in data units; None is 2 sqrt(2) times the lowest, or the only one.
+        noise_std: noise level; None is 2 sqrt(2) times the lowest, or the only one.
         rejection_std: the level at which points are judged; None is ``noise_std``, with the same noise.
         denoise_std: the level at which ``dde_real`` denoises the points in the end; None leaves that out.
-        seed: integer for repeatable points; None draws fresh ones.
-
-    Returns:
-        NumPy array (n_samples, *event), in data units.
+        seed: see above.
 
     Raises:
         ValueError: if less than a hundredth of the points is kept.
@@ -241,17 +227,8 @@ def log_partition(dde, data, n_samples=10_000, noise_std=None, num_steps=100, se
     name the level, too. A part of the density where no point arrives, such as a mode that ``data`` do not have, is
     missed unseen.
 
-    Args:
-        dde: ``DDE``.
-        data: clean data points (n, *event), in data units; a few thousand are enough.
-        n_samples: number of weighted points, an integer of at least 1.
-        noise_std: for a DDE of a range of levels, the level, in data units; None is the highest, if it may be.
-        num_steps: number of steps, an integer of at least 1; the more, the more equal the weights.
-        seed: integer for a repeatable estimate; None draws fresh points.
-
-    Returns:
-        ``LogPartition``, which names the level. A UserWarning says if the effective sample size is too small: the value
-        is then too low.
+    A few thousand points of clean ``data`` are enough; the more of the ``num_steps``, the more equal the weights.
+    Returns a ``LogPartition``. A UserWarning says if the effective sample size is too small: the value is then too low.
     """
     check_dde(dde)
     n_samples = checks.check_integer("n_samples", n_samples)

@@ -6,6 +6,7 @@
 * Files are replaced as a whole or not at all.
 """
 
+import itertools
 import math
 import types
 import warnings
@@ -15,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from egm_dde import checks
-from egm_dde.batches import Position, check_first, is_array, make_batches, points_of
+from egm_dde.batches import Position, is_array, make_batches, points_of
 from egm_dde.files import NamedMemory, check_archive, replacing
 
 
@@ -50,10 +51,8 @@ class Trainable(keras.Model):
             if options.pop(name, None) is not None:
                 raise ValueError(f"{name} cannot be given: the losses that are trained and reported are built in")
         if self.distribute_strategy.num_replicas_in_sync > 1 and (jit_compile or steps_per_execution != 1):
-            raise ValueError(
-                "on several devices, jit_compile must be False and steps_per_execution 1, "
-                f"got {jit_compile!r} and {steps_per_execution!r}"
-            )
+            needed = "jit_compile must be False and steps_per_execution 1"
+            raise ValueError(f"on several devices, {needed}, got {jit_compile!r} and {steps_per_execution!r}")
         self.compile_options = {**options, "jit_compile": jit_compile, "steps_per_execution": steps_per_execution}
         super().compile(optimizer=optimizer, **self.compile_options)
 
@@ -79,7 +78,7 @@ class Trainable(keras.Model):
         ``x`` holds points (n, *event), an array of real numbers, or batches of them (batch, *event): a
         ``tf.data.Dataset``, a ``keras.utils.PyDataset`` or a generator. ``y`` is ignored. ``batch_size`` None is 32; on
         several devices, points of an array that fill no batch are left out. With ``steps_per_epoch``, data begin again
-        where they end, within an epoch too.
+        where they end, within an epoch too. A UserWarning tells of data far from those that a network was built for.
 
         A run is resumed by the same call in a new process, with ``keras.callbacks.BackupAndRestore``, or on a model
         loaded from a checkpoint with ``initial_epoch``. Arrays are shuffled anew in each pass, by ``seed`` and the
@@ -91,9 +90,6 @@ class Trainable(keras.Model):
                 rounding errors are as large as the noise (of batches, the first one is looked at); for weights; for
                 callbacks that watch what is not logged; before ``compile``.
             FloatingPointError: when a loss or gradient stops being finite. The weights are then the last good ones.
-
-        Warns:
-            UserWarning: for data far from those that the networks were built for.
         """
         if not self.compiled:
             raise ValueError(f"call compile() before fit(): this {type(self).__name__} has no optimizer yet")
@@ -119,8 +115,12 @@ class Trainable(keras.Model):
             steps_per_epoch = None
         elif isinstance(x, tf.data.Dataset):
             x, steps_per_epoch = position.continue_dataset(x, steps_per_epoch)
-        elif isinstance(x, (keras.utils.PyDataset, types.GeneratorType)):
-            x = check_first(x, lambda points: self.check_data("x", points, warns=True))
+        elif isinstance(x, keras.utils.PyDataset):
+            self.check_data("x", points_of(x[0]), warns=True)
+        elif isinstance(x, types.GeneratorType):
+            first = next(x)
+            self.check_data("x", points_of(first), warns=True)
+            x = (batch for batch in itertools.chain([first], x))
         elif x is None or isinstance(x, (dict, str)) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
             raise ValueError(f"x must be an array or batches of points, got a {type(x).__name__}")
         if isinstance(validation_data, tuple):
@@ -129,12 +129,11 @@ class Trainable(keras.Model):
             validation_data = self.check_data("validation_data", validation_data)
             options.setdefault("validation_batch_size", batch_size)
         self._initial_epoch = None  # BackupAndRestore leaves that of the last run
-        options.update(validation_split=validation_split, validation_data=validation_data, verbose=verbose)
-        # Ours comes last, after the callbacks that restore.
-        options.update(callbacks=[*callbacks, position], epochs=epochs, initial_epoch=initial_epoch)
-        options.update(shuffle=shuffle and isinstance(x, keras.utils.PyDataset), steps_per_epoch=steps_per_epoch)
+        shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
+        # Our callback comes last, after those that restore. The order is that of Keras.
+        rest = (validation_split, validation_data, shuffle, None, None, initial_epoch, steps_per_epoch)
         with position.naming_what_is_wrong():
-            return super().fit(x, **options)
+            return super().fit(x, None, None, epochs, verbose, [*callbacks, position], *rest, **options)
 
     def evaluate(self, x=None, *arguments, **options):
         """Measure the losses, with the same noise each time; as ``keras.Model.evaluate``, see ``fit`` for the data."""
@@ -248,7 +247,13 @@ class Trainable(keras.Model):
             raise FileNotFoundError(f"there is no file {path}")
         if path.is_file():
             check_archive(path)
-        return checks.check_instance(str(path), keras.saving.load_model(path, **options), cls)
+        try:
+            model = keras.saving.load_model(path, **options)
+        except ValueError as error:
+            if "'step'" not in str(error):
+                raise
+            raise ValueError(f"{path} is of version 1 of this package, whose models had no step counter") from error
+        return checks.check_instance(str(path), model, cls)
 
 
 def separate_optimizers(**optimizers):
@@ -258,8 +263,8 @@ def separate_optimizers(**optimizers):
         optimizer = keras.optimizers.get(optimizer)
         kind = type(optimizer).__name__
         if getattr(optimizer, "inner_optimizer", optimizer).use_ema:
-            why = "an EGM averages the weights of its generator itself, by average_decay"
-            raise ValueError(f"{name} must not have use_ema=True, as this {kind} has: {why}")
+            remedy = "an EGM averages the weights of its generator itself, by average_decay"
+            raise ValueError(f"{name} must not have use_ema=True, as this {kind} has: {remedy}")
         if optimizer.built or any(optimizer is other for other in separate.values()):
             needed = f"{name} must be a new {kind}, as this one is in use and cannot be copied"
             try:

@@ -32,11 +32,9 @@ def grid_density(log_density, limit=4.0, resolution=100):
 
     Its sum times the area of a cell is 1. The log density may be minus infinity where the density is zero.
     """
-    points = _grid_points(limit, resolution)
-    values = log_densities(log_density, points)
+    values = log_densities(log_density, _grid_points(limit, resolution))
     density = np.exp(values - values.max()).reshape(resolution, resolution)
-    cell_area = (2 * limit / resolution) ** 2
-    return density / (density.sum() * cell_area)
+    return density / (density.sum() * (2 * limit / resolution) ** 2)
 
 
 def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
@@ -47,17 +45,18 @@ def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
     if max_density is not None:
         check_positive("max_density", max_density)
     density = grid_density(log_density, limit, resolution)
-    scale = {"cmap": "viridis", "vmin": 0, "vmax": max_density}
-    extent = (-limit, limit, -limit, limit)
-    image = ax.imshow(density, **scale, origin="lower", extent=extent, interpolation="bilinear")  # first row: lowest y
+    style = {"cmap": "viridis", "interpolation": "bilinear", "extent": (-limit, limit, -limit, limit)}
+    image = ax.imshow(density, vmin=0, vmax=max_density, origin="lower", **style)  # the first row has the lowest y
     _frame_square(ax, limit)
     return image
 
 
 def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
     """Draw samples as points, real ones in blue, generated ones in vermilion; return their ``Line2D``, real first."""
-    generated = {} if generated_samples is None else {"generated_samples": generated_samples}
-    samples = _check_points(limit, real_samples=real_samples, **generated)
+    check_positive("limit", limit)
+    samples = [check_points("real_samples", real_samples, (2,), "float64")]
+    if generated_samples is not None:
+        samples.append(check_points("generated_samples", generated_samples, (2,), "float64"))
     kinds = ((BLUE, "real"), (VERMILION, "generated"))
     artists = [_plot_points(ax, points, *kind) for points, kind in zip(samples, kinds, strict=False)]
     _frame_square(ax, limit, has_legend=True)
@@ -114,22 +113,19 @@ def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_byt
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
     durations = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
+    milliseconds = [10 * round(100 * seconds) for seconds in durations]
+    # Unchanged pixels become transparent; loop 0 is for ever; with save_all Pillow takes a list also for one frame.
+    options = {"extension": ".gif", "duration": milliseconds, "optimize": True, "loop": 0, "save_all": True}
+    frames = np.stack(frames)
+    tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
     for num_colors in (256, 128, 64, 32):
-        indices, palette = _share_palette(np.stack(frames), num_colors)
-        encoded = iio.imwrite(
-            "<bytes>",
-            list(indices),
-            extension=".gif",
-            palette=palette.tobytes(),
-            optimize=True,  # transparent where nothing changed
-            duration=[10 * round(100 * seconds) for seconds in durations],  # milliseconds
-            loop=0,  # for ever
-            save_all=True,  # Pillow takes a list of durations only with this, if there is one frame
-        )
+        # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
+        reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        indices = np.asarray(reduced).reshape(frames.shape[:3])
+        encoded = iio.imwrite("<bytes>", list(indices), palette=bytes(reduced.getpalette()), **options)
         if len(encoded) <= max_bytes:
             break
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
 
@@ -169,32 +165,29 @@ class GifCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         check_writable(self.path)
-        self._film = None
+        self._film = Film()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._film is None:  # the first epoch of this run, which is not 0 in a resumed one
-            self._film = Film()
+        if not self._film.frames:  # the first epoch of this run, which is not 0 in a resumed one
             self._step = epoch * (self.params["steps"] or 0)
             self._add_frame()
         self._step_of_epoch = self._step
 
     def on_train_batch_end(self, batch, logs=None):
         self._step = self._step_of_epoch + batch + 1
-        if self._step >= self._next_step:
+        if self._step >= self._frame_step + max(5, math.ceil(self._frame_step / 5)):
             self._add_frame()
 
     def on_train_end(self, logs=None):
-        if self._film is None:  # there was nothing to train
+        if not self._film.frames:  # there was nothing to train
             return
         if self._frame_step != self._step:
             self._add_frame()
         write_gif(self.path, self._film.frames)
-        self._film = None
 
     def _add_frame(self):
         self._film.add_frame(self.draw, self.model, caption=f"step {self._step}")
         self._frame_step = self._step
-        self._next_step = self._step + max(5, math.ceil(self._step / 5))
 
 
 class ProgressBar(keras.callbacks.Callback):
@@ -221,15 +214,13 @@ class ProgressBar(keras.callbacks.Callback):
         now = time.monotonic()
         if self._pace_start is None:  # the first step does not count: it waits for the graph
             self._pace_start = now, batch + 1
-            return
-        if now < self._latest + self.every_seconds or not self.params["steps"]:
-            return
-        self._latest = now
-        steps_made = (self._epoch - self._first_epoch) * self.params["steps"] + batch + 1
-        num_steps = (self.params["epochs"] - self._first_epoch) * self.params["steps"]
-        pace = (now - self._pace_start[0]) / max(1, steps_made - self._pace_start[1])  # seconds a step
-        ending = f", {format_duration(pace * (num_steps - steps_made))} to go"
-        self._show(steps_made / num_steps, f"epoch {self._epoch + 1}/{self.params['epochs']}", logs, ending)
+        elif self.params["steps"] and now >= self._latest + self.every_seconds:
+            self._latest = now
+            steps_made = (self._epoch - self._first_epoch) * self.params["steps"] + batch + 1
+            num_steps = (self.params["epochs"] - self._first_epoch) * self.params["steps"]
+            pace = (now - self._pace_start[0]) / max(1, steps_made - self._pace_start[1])  # seconds a step
+            ending = f", {format_duration(pace * (num_steps - steps_made))} to go"
+            self._show(steps_made / num_steps, f"epoch {self._epoch + 1}/{self.params['epochs']}", logs, ending)
 
     def on_train_end(self, logs=None):
         if self._first_epoch is None:  # there was nothing to train
@@ -242,22 +233,12 @@ class ProgressBar(keras.callbacks.Callback):
         text = ", ".join([heading, *(f"{name} {float(value):.4g}" for name, value in logs.items())]) + ending
         bar = f'<progress value="{fraction:.4f}" max="1" style="width: 20em"></progress>'
         shown = {"text/plain": text, "text/html": f"<div>{bar} {html.escape(text)}</div>"}
-        if self._display is None:
-            if is_last:
-                print(text)
-        elif self._handle is None:
-            self._handle = self._display(shown, raw=True, display_id=True)
-        else:
+        if self._handle is not None:
             self._handle.update(shown, raw=True)
-
-
-def _share_palette(frames, num_colors):
-    """Reduce RGB frames (n, height, width, 3) to indices (n, height, width) into one palette (num_colors, 3)."""
-    tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
-    # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
-    reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
-    palette = np.array(reduced.getpalette(), dtype=np.uint8).reshape(-1, 3)
-    return np.asarray(reduced).reshape(frames.shape[:3]), palette
+        elif self._display is not None:
+            self._handle = self._display(shown, raw=True, display_id=True)
+        elif is_last:
+            print(text)
 
 
 def _grid_points(limit, resolution):
@@ -271,8 +252,7 @@ def _grid_points(limit, resolution):
 
 def _plot_points(ax, points, color, label):
     size = 1.6 if len(points) > 500 else 3.0  # points
-    (line,) = ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)
-    return line
+    return ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)[0]
 
 
 def _frame_square(ax, limit, has_legend=False):
@@ -283,13 +263,9 @@ def _frame_square(ax, limit, has_legend=False):
             handle.set(markersize=6, alpha=1)
 
 
-def _check_points(limit, **clouds):
-    check_positive("limit", limit)
-    return [check_points(name, points, (2,), "float64") for name, points in clouds.items()]
-
-
 def _check_pairs(limit, **clouds):
-    one, other = _check_points(limit, **clouds)
+    check_positive("limit", limit)
+    one, other = (check_points(name, points, (2,), "float64") for name, points in clouds.items())
     if len(one) != len(other):
         raise ValueError(f"{' and '.join(clouds)} must be equally many, got {len(one)} and {len(other)}")
     return one, other

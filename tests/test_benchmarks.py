@@ -49,19 +49,13 @@ def test_a_run_replaces_its_own_row_alone(report, tmp_path):
 def test_variants_of_the_ablation_train(report, monkeypatch, variant):
     import ablation
 
-    monkeypatch.setattr(
-        ablation.train_models, "measure", lambda dataset, model, *_, **__: {"steps_made": model.num_steps}
-    )
+    monkeypatch.setattr(ablation.train_models, "measure", lambda _, model, *__, **___: {"steps_made": model.num_steps})
     assert ablation.run(variant, "rings", 0, steps=3)["steps_made"] == 3
 
 
 def test_a_table_has_a_row_for_each_row(report):
-    assert report.make_table(["name", "value"], [("a", 1), ("b", 2)]).splitlines() == [
-        "| name | value |",
-        "| --- | ---: |",
-        "| a | 1 |",
-        "| b | 2 |",
-    ]
+    table = report.make_table(["name", "value"], [("a", 1), ("b", 2)])
+    assert table.splitlines() == ["| name | value |", "| --- | ---: |", "| a | 1 |", "| b | 2 |"]
 
 
 def test_every_script_has_a_section_and_is_named(report):

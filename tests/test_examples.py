@@ -1,8 +1,8 @@
 """The notebooks in examples/: what is kept of their last whole run, their style, and short runs of them."""
 
+import itertools
 import re
 import shutil
-from pathlib import Path
 
 import imageio.v3 as iio
 import keras
@@ -10,28 +10,21 @@ import nbformat
 import numpy as np
 import pytest
 from test_example_data import write_faces, write_mnist
-from test_tutorial import check_outputs, code_cells, num_lines
+from test_tutorial import ROOT, check_outputs, code_cells, execute_copy, num_lines
 
-from egm_dde.notebook import main as execute
 from energy_models import EGM
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-NOTEBOOKS = ("density_benchmark", "images")
+
+
+def read(name):
+    return nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
 
 
 def run(folder, name, **settings):
     """Execute a notebook, with settings, in a copy of the project; return it."""
-    (folder / "examples").mkdir()
-    for path in [*ROOT.glob("*.py"), *EXAMPLES.glob("*.py"), EXAMPLES / f"{name}.ipynb"]:
-        shutil.copy(path, folder / path.relative_to(ROOT))
-    shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
     shutil.copytree(EXAMPLES / "example_models", folder / "examples" / "example_models")
-    with pytest.MonkeyPatch.context() as environment:
-        for setting, value in settings.items():
-            environment.setenv(setting, str(value))
-        assert execute([str(folder / "examples" / f"{name}.ipynb")]) == 0
-    return nbformat.read(folder / "examples" / f"{name}.ipynb", as_version=4)
+    return execute_copy(folder, EXAMPLES / f"{name}.ipynb", **settings)
 
 
 def texts(notebook, kind):
@@ -44,41 +37,32 @@ def table(notebook, header):
     """Rows of cells of the first Markdown table whose first column is called ``header``."""
     lines = texts(notebook, "text/markdown").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith(f"| {header} |"))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
 
-def mode_counts(notebook, num_modes):
-    """Rows of the table that counts so many modes."""
-    names = ["start", "generated", "corrected", "test images (floor)"]
-    found = re.findall(
-        rf"^\| (.+) \| \d+ \| (\d+) of {num_modes} \| ([\d.]+|inf) \| (\d+)% \|$",
-        texts(notebook, "text/markdown"),
-        re.MULTILINE,
-    )
-    assert [row[0] for row in found] == names
+def mode_counts(notebook):
+    """Rows of the table that counts ten modes."""
+    row = r"^\| (.+) \| \d+ \| (\d+) of 10 \| ([\d.]+|inf) \| (\d+)% \|$"
+    found = re.findall(row, texts(notebook, "text/markdown"), re.MULTILINE)
+    assert [row[0] for row in found] == ["start", "generated", "corrected", "test images (floor)"]
     return [{"covered": int(row[1]), "divergence": float(row[2]), "sure": int(row[3])} for row in found]
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", ["density_benchmark", "images"])
 def test_kept_example_is_one_clean_run(name):
-    path = EXAMPLES / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    assert path.stat().st_size < 1_500_000
+    notebook = read(name)
+    assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 1_500_000
     check_outputs(notebook)
     assert max(num_lines(cell) for cell in code_cells(notebook)) <= 40
     assert sum(cell.metadata.get("tags") == ["parameters"] for cell in notebook.cells) == 1
 
 
 def test_kept_densities_come_close_to_the_truth_and_not_above_it():
-    rows = table(nbformat.read(EXAMPLES / "density_benchmark.ipynb", as_version=4), "density")
+    rows = table(read("density_benchmark"), "density")
     assert [(row[0], int(row[1])) for row in rows] == [
         (kind, dim) for kind in ("gaussian", "mixture", "banana") for dim in (2, 6, 8, 21, 43, 63)
     ]
@@ -91,9 +75,7 @@ def test_kept_densities_come_close_to_the_truth_and_not_above_it():
 
 
 def test_kept_table_of_the_published_fault_agrees_with_its_formula():
-    for dim, right, _, measured, formula, _ in table(
-        nbformat.read(EXAMPLES / "density_benchmark.ipynb", as_version=4), "d"
-    ):
+    for dim, right, _, measured, formula, _ in table(read("density_benchmark"), "d"):
         np.testing.assert_allclose(float(formula), int(dim) / 2 * np.log(2 - 1 / int(dim)), atol=1e-3)
         assert abs(float(right)) < 1e-6
         if int(dim) <= 8:
@@ -101,17 +83,16 @@ def test_kept_table_of_the_published_fault_agrees_with_its_formula():
 
 
 def test_kept_images():
-    notebook = nbformat.read(EXAMPLES / "images.ipynb", as_version=4)
+    notebook = read("images")
     scores = {row[0]: row[3] for row in table(notebook, "images")}
     assert all(float(scores[name]) > 0.95 for name in ("uniform noise", "shuffled pixels", "inverted"))
-    start, generated, corrected, floor = mode_counts(notebook, 10)
+    start, generated, corrected, floor = mode_counts(notebook)
     assert generated["covered"] == corrected["covered"] == floor["covered"] == 10
     assert start["sure"] < 80 and 92 <= generated["sure"] < corrected["sure"] < floor["sure"]
     assert floor["divergence"] < corrected["divergence"] < generated["divergence"] < 0.01
     frechet_distances = [float(row[-1]) for row in table(notebook, "images | precision")]  # in the same order
     assert frechet_distances == sorted(frechet_distances, reverse=True)
-    frames = iio.imread(EXAMPLES / "example_images" / "digits.gif")
-    assert len(frames) > 20
+    assert len(iio.imread(EXAMPLES / "example_images" / "digits.gif")) > 20
 
 
 # ---------------------------------------------------------------------------------------------- short runs
@@ -151,7 +132,7 @@ def test_short_images_with_backup(tmp_path):
     pictures = tmp_path / "examples" / "pictures"
     written = {path.name for path in pictures.iterdir()}
     assert written == {"digits.gif", "digits.png", "digits.keras", "digits_generator.keras"}
-    assert len(mode_counts(notebook, 10)) == 4
+    assert len(mode_counts(notebook)) == 4
     generator = keras.saving.load_model(pictures / "digits_generator.keras", compile=False)
     z = np.random.default_rng(0).standard_normal((3, *generator.input_shape[1:])).astype(np.float32)
     np.testing.assert_allclose(generator(z), EGM.load(pictures / "digits.keras")(z), atol=1e-5)

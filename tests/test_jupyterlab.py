@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -13,12 +12,17 @@ import imageio.v3 as iio
 import nbformat
 import psutil
 import pytest
-from test_tutorial import FILMS, NOTEBOOK, ROOT, check_outputs, code_cells
+from test_tutorial import FILMS, NOTEBOOK, check_outputs, code_cells, copy_modules
 
 pytestmark = pytest.mark.browser
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMEDRIVER = Path("/usr/bin/chromedriver")
+# Root cannot have a sandbox.
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update "
+    "disable-sync window-size=1280,1200"
+)
 RED_TEXT = '.jp-RenderedText:is([data-mime-type$=".stderr"], [data-mime-type$=".error"])'  # errors are either
 
 # Whether an element is what somebody sees at its place: not scrolled away, not hidden, not covered.
@@ -34,9 +38,7 @@ ON_SCREEN = """
 def folder(tmp_path_factory):
     """A copy of the notebook, without outputs so that none is taken for a new one, and of all modules."""
     folder = tmp_path_factory.mktemp("tutorial")
-    for module in ROOT.glob("*.py"):
-        shutil.copy(module, folder)
-    shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
+    copy_modules(folder)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
@@ -62,18 +64,7 @@ def browser(screenshots, tmp_path_factory):
     own = str(tmp_path_factory.mktemp("chromium"))
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
-    for flag in (
-        "headless",
-        "no-sandbox",  # root cannot have one
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1280,1200",
-        f"user-data-dir={own}",
-    ):
+    for flag in (*FLAGS.split(), f"user-data-dir={own}"):
         options.add_argument(f"--{flag}")
     environment = {**os.environ, "XDG_CONFIG_HOME": own, "XDG_CACHE_HOME": own}
     service = webdriver.ChromeService(
@@ -101,13 +92,10 @@ def address(folder, browser, tmp_path_factory):
         environment.pop(name, None)
     environment |= {
         "EPOCHS": "3",
-        "IPYTHONDIR": str(own / "ipython"),
-        "JUPYTER_CONFIG_DIR": str(own / "config"),
-        "JUPYTER_DATA_DIR": str(own / "data"),
-        "JUPYTER_RUNTIME_DIR": str(own / "runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"),
         "JUPYTER_TOKEN": "token",
+        "IPYTHONDIR": str(own / "ipython"),
+        **{f"JUPYTER_{name.upper()}_DIR": str(own / name) for name in ("config", "data", "runtime")},
+        **{f"JUPYTERLAB_{name.upper()}_DIR": str(own / name) for name in ("settings", "workspaces")},
     }
     defaults = own / "config" / "labconfig" / "default_setting_overrides.json"
     defaults.parent.mkdir(parents=True)

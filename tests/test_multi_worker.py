@@ -1,5 +1,6 @@
 """Two processes on this machine train together, whatever happens to one of them."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -95,21 +96,13 @@ def interrupted(tmp_path_factory):
             assert time.monotonic() < end and workers[0].poll() is None
             time.sleep(0.02)
         workers[1].send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = workers[0].communicate(timeout=200)
-        seconds = time.monotonic() - killed
+        _, errors = workers[0].communicate(timeout=40)  # it ends by itself
     finally:
         kill(workers)
-    checkpoint = multi_worker.find_checkpoint(folder)
-    return SimpleNamespace(
-        folder=folder,
-        addresses=addresses,
-        checkpoint=checkpoint,
-        step=EGM.load(checkpoint).num_steps,
-        status=workers[0].returncode,
-        errors=errors,
-        seconds=seconds,
-    )
+    ended = SimpleNamespace(folder=folder, lost=addresses[1], status=workers[0].returncode, errors=errors)
+    ended.checkpoint = multi_worker.find_checkpoint(folder)
+    ended.step = EGM.load(ended.checkpoint).num_steps
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +120,19 @@ def digest(output):
 @pytest.mark.slow
 def test_who_loses_a_worker_ends_and_names_it_and_the_checkpoint(interrupted):
     assert interrupted.status == 1
-    assert interrupted.seconds < 40
-    address, path = interrupted.addresses[1], interrupted.checkpoint
-    assert f"worker 0: lost worker 1 ({address})" in interrupted.errors
-    assert f"from {path}, step {interrupted.step}\n" in interrupted.errors
+    assert f"worker 0: lost worker 1 ({interrupted.lost})" in interrupted.errors
+    assert f"from {interrupted.checkpoint}, step {interrupted.step}\n" in interrupted.errors
     assert "Traceback" not in interrupted.errors
 
 
 @pytest.mark.slow
 def test_two_workers_go_where_one_process_goes(uninterrupted):
     assert uninterrupted.egm.num_steps == uninterrupted.steps
-    batches = [
-        sample_2d_data("rings", BATCH_SIZE, np.random.default_rng((SEED, step))) for step in range(uninterrupted.steps)
-    ]
+    rngs = (np.random.default_rng((SEED, step)) for step in range(uninterrupted.steps))
+    batches = np.stack([sample_2d_data("rings", BATCH_SIZE, rng) for rng in rngs])
     egm = build_small_egm(SEED, None)
     start = flat_weights(egm)
-    egm.fit(tf.data.Dataset.from_tensor_slices(np.stack(batches)), verbose=0)
+    egm.fit(tf.data.Dataset.from_tensor_slices(batches), verbose=0)
     distance = np.linalg.norm(flat_weights(egm) - start)
     assert distance > 0.1
     assert np.linalg.norm(flat_weights(uninterrupted.egm) - flat_weights(egm)) < 0.3 * distance  # their noise differs
@@ -154,12 +144,10 @@ def flat_weights(model):
 
 @pytest.mark.slow
 def test_all_workers_have_the_same_weights_and_one_reports(uninterrupted):
-    first, second = uninterrupted.outputs
+    (first, second), steps = uninterrupted.outputs, uninterrupted.steps
     assert digest(first) == digest(second)
-    assert re.findall(r"step (\d+): loss_dde_real", first) == [
-        *(str(step) for step in range(EVERY, uninterrupted.steps, EVERY)),
-        str(uninterrupted.steps),
-    ]
+    reported = [int(step) for step in re.findall(r"step (\d+): loss_dde_real", first)]
+    assert reported == [*range(EVERY, steps, EVERY), steps]
     assert "step" not in second
 
 
@@ -175,13 +163,11 @@ def test_restarted_workers_go_on_as_if_nothing_had_happened(interrupted, uninter
 
 
 def test_workers_that_differ_are_refused():
-    for other, is_equal in ((0, True), (1, False)):
-        strategy = SimpleNamespace(gather=lambda number, axis, other=other: tf.concat([number, number + other], axis))
-        if is_equal:
+    for difference in (0, 1):
+        strategy = SimpleNamespace(gather=lambda number, axis, d=difference: tf.concat([number, number + d], axis))
+        refused = pytest.raises(ValueError, match="the workers have different arguments")
+        with refused if difference else contextlib.nullcontext():
             multi_worker.check_equal(strategy, "settings", "arguments")
-        else:
-            with pytest.raises(ValueError, match="the workers have different arguments"):
-                multi_worker.check_equal(strategy, "settings", "arguments")
 
 
 def test_a_worker_that_does_not_come_is_named():
@@ -209,16 +195,15 @@ def test_workers_come_from_arguments_or_from_the_environment(monkeypatch):
         assert (given.workers, given.index) == (["host0:1", "host1:2"], 1)
 
 
+CHIEF = '{"cluster": {"chief": ["host0:1"], "worker": ["host1:1"]}, "task": {"index": 0}}'
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
         ("", None, "give --workers and --index, or TF_CONFIG"),
         ("", "{", "give --workers and --index, or TF_CONFIG"),
-        (
-            "",
-            '{"cluster": {"chief": ["host0:1"], "worker": ["host1:1"]}, "task": {"index": 0}}',
-            "chief are no workers",
-        ),
+        ("", CHIEF, "chief are no workers"),
         ("--workers host0:1 host1:1", None, "--index must be from 0 to 1, got None"),
         ("--workers host0:1 host1:1 --index 2", None, "--index must be from 0 to 1, got 2"),
         ("--workers host0:1 host0:1 --index 0", None, "different addresses HOST:PORT, got 'host0:1'"),

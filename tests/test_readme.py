@@ -57,8 +57,7 @@ def test_snippet_trains_saves_and_serves(monkeypatch, tmp_path):
 def test_links_to_files_exist():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert "example_images/samples.gif" in targets
-    missing = [target for target in targets if not (ROOT / target).exists()]
-    assert not missing
+    assert not [target for target in targets if not (ROOT / target).exists()]
 
 
 def test_modules_named_exist():

@@ -15,12 +15,11 @@ import pytest
 from nbconvert import HTMLExporter
 
 from egm_dde.notebook import main as execute
+from energy_models import EGM
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "egm_dde.ipynb"
-GIFS = ("den_real.gif", "den_fake.gif", "samples.gif")
-FILMS = (*GIFS, "levels.gif")
-MODULES = ("energy_models.py", "train_models.py", "utils.py")
+FILMS = ("den_real.gif", "den_fake.gif", "samples.gif", "levels.gif")
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +27,38 @@ def kept():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+def copy_modules(folder):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("egm_dde/*.py"), *ROOT.glob("examples/*.py")]:
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
+
+
+def execute_copy(folder, path, **settings):
+    """Execute a notebook, with settings, in a copy of the project; return it."""
+    copy_modules(folder)
+    copy = folder / path.relative_to(ROOT)
+    shutil.copy(path, copy)
+    with pytest.MonkeyPatch.context() as environment:
+        for setting, value in settings.items():
+            environment.setenv(setting, str(value))
+        assert execute([str(copy)]) == 0
+    return nbformat.read(copy, as_version=4)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """A folder in which the notebook was executed with two epochs."""
+    """A folder in which the notebook was executed with two epochs, and the notebook."""
     folder = tmp_path_factory.mktemp("tutorial")
-    for name in (NOTEBOOK.name, *MODULES):
-        shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "egm_dde", folder / "egm_dde")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("EPOCHS", "2")
-        environment.setenv("SEED", "3")
-        environment.setenv("DATASET", "rings")
-        environment.setenv("OUTPUT_DIR", "rings_images")
-        assert execute([str(folder / NOTEBOOK.name)]) == 0
-    return folder
+    return folder, execute_copy(folder, NOTEBOOK, EPOCHS=2, SEED=3, DATASET="rings", OUTPUT_DIR="rings_images")
+
+
+@pytest.fixture(scope="module")
+def trained(short_run):
+    return EGM.load(short_run[0] / "rings_images" / "egm.keras")
+
+
+def text_of(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
 def code_cells(notebook):
@@ -84,19 +101,16 @@ def test_kept_notebook_is_one_clean_run(kept):
     check_outputs(kept)
 
 
-def test_kept_gifs():
-    for name in FILMS:
-        check_gif(ROOT / "example_images" / name, 12 if name == "levels.gif" else 35)
-
-
-def test_kept_notebook_shows_its_films_as_a_page(kept):
+def test_kept_films_are_whole_and_shown_as_a_page(kept):
+    films = [ROOT / "example_images" / name for name in FILMS]
+    for film in films:
+        check_gif(film, 12 if film.name == "levels.gif" else 35)
     page, _ = HTMLExporter().from_notebook_node(kept)
-    assert films_within(page) == [(ROOT / "example_images" / name).read_bytes() for name in FILMS]
+    assert films_within(page) == [film.read_bytes() for film in films]
 
 
 def test_style(kept):
-    text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
-    assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
+    assert len(re.findall(r"^# ", text_of(kept), flags=re.MULTILINE)) == 1
     lengths = [num_lines(cell) for cell in code_cells(kept)]
     assert max(lengths) <= 30
     assert statistics.median(lengths) <= 10
@@ -104,23 +118,14 @@ def test_style(kept):
     kinds = [cell.cell_type for cell in kept.cells]
     assert not [index for index, pair in enumerate(itertools.pairwise(kinds)) if pair == ("code", "code")]
     assert kinds[0] == "markdown"
+    importing = [cell for cell in code_cells(kept) if re.search(r"^(import|from) ", cell.source, flags=re.MULTILINE)]
+    assert importing == code_cells(kept)[:2]  # the setup cells
 
 
 def test_sections_come_in_order(kept):
-    text = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "markdown")
-    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    wanted = [
-        "Setup",
-        "data",
-        "fifteen lines",
-        "noise levels",
-        "generator between",
-        "Results",
-        "wrong",
-        "related",
-        "next",
-    ]
-    places = [next(i for i, heading in enumerate(headings) if word in heading) for word in wanted]
+    headings = re.findall(r"^## (.*)$", text_of(kept), flags=re.MULTILINE)
+    sections = "Setup, data, fifteen lines, noise levels, generator between, Results, wrong, related, next".split(", ")
+    places = [next(i for i, heading in enumerate(headings) if words in heading) for words in sections]
     assert places == sorted(places)
 
 
@@ -133,68 +138,44 @@ def test_the_method_from_scratch_is_short(kept):
 
 
 def test_one_parameters_cell(kept):
-    tagged = [cell for cell in code_cells(kept) if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    names = [target.id for node in ast.parse(tagged[0].source).body for target in node.targets]
+    (tagged,) = [cell for cell in code_cells(kept) if "parameters" in cell.metadata.get("tags", [])]
+    names = [target.id for node in ast.parse(tagged.source).body for target in node.targets]
     assert names == ["DATASET", "SEED", "EPOCHS", "OUTPUT_DIR"]
 
 
-def test_imports_are_in_the_setup_cells(kept):
-    importing = [cell for cell in code_cells(kept) if re.search(r"^(import|from) ", cell.source, flags=re.MULTILINE)]
-    assert importing == code_cells(kept)[:2]
-
-
 @pytest.mark.slow
-def test_short_run_is_clean(short_run):
-    notebook = nbformat.read(short_run / NOTEBOOK.name, as_version=4)
+def test_short_run_is_clean_and_writes_gifs_and_model(short_run):
+    folder, notebook = short_run
     check_outputs(notebook)
-    films = films_within(str(code_cells(notebook)))
-    assert len(films) == len(FILMS)
-
-
-@pytest.mark.slow
-def test_short_run_writes_gifs_and_model(short_run):
-    written = {path.name for path in (short_run / "rings_images").iterdir()}
-    assert written == {*FILMS, "egm.keras"}
-    assert not (short_run / "example_images").exists()
+    assert len(films_within(str(code_cells(notebook)))) == len(FILMS)
+    assert {path.name for path in (folder / "rings_images").iterdir()} == {*FILMS, "egm.keras"}
+    assert not (folder / "example_images").exists()
     for name in FILMS:
-        check_gif(short_run / "rings_images" / name, 10)
+        check_gif(folder / "rings_images" / name, 10)
 
 
 @pytest.mark.slow
-def test_model_of_the_short_run_loads(short_run):
-    import keras
-
-    import energy_models  # noqa: F401  registers the classes
-
-    egm = keras.saving.load_model(short_run / "rings_images" / "egm.keras")
-    samples = egm.sample(100, seed=0)
+def test_model_of_the_short_run_samples(trained):
+    samples = trained.sample(100, seed=0)
     assert samples.shape == (100, 2)
     assert np.isfinite(samples).all()
-    assert egm.num_steps == 100
-    log_density, score = egm.dde_real(samples)
+    assert trained.num_steps == 100
+    log_density, score = trained.dde_real(samples)
     assert log_density.shape == (100, 1)
     assert score.shape == (100, 2)
 
 
 @pytest.mark.slow
-def test_the_notebook_and_the_ready_trained_models_have_one_recipe(short_run):
-    import keras
-
+def test_the_notebook_and_the_ready_trained_models_have_one_recipe(trained, kept):
     import train_models
 
-    trained = keras.saving.load_model(short_run / "rings_images" / "egm.keras")
     recipe = train_models.build_egm(seed=3, epochs=2)
     assert without_names(trained.get_config()) == without_names(recipe.get_config())
     assert without_names(trained.get_compile_config()) == without_names(recipe.get_compile_config())
-    kept = nbformat.read(NOTEBOOK, as_version=4)
     source = "\n".join(cell.source for cell in code_cells(kept))
-    for line in (
-        f'os.environ.get("EPOCHS", "{train_models.EPOCHS}")',
-        "BATCH_SIZE, NUM_BATCHES, STEPS_PER_EPOCH = "
-        f"{train_models.BATCH_SIZE}, {train_models.NUM_BATCHES}, {train_models.STEPS_PER_EPOCH}",
-    ):
-        assert line in source
+    sizes = train_models.BATCH_SIZE, train_models.NUM_BATCHES, train_models.STEPS_PER_EPOCH
+    assert f'os.environ.get("EPOCHS", "{train_models.EPOCHS}")' in source
+    assert "BATCH_SIZE, NUM_BATCHES, STEPS_PER_EPOCH = {}, {}, {}".format(*sizes) in source
 
 
 def without_names(config):

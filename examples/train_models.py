@@ -5,9 +5,13 @@ The recipe is the notebook's, for the benchmarks too. The models go to ``example
 
 import argparse
 import re
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the modules are one folder up
 
 from egm_dde.runtime import prepare_process
 
@@ -29,7 +33,7 @@ EGM_OPTIONS = {"dde_steps": 3, "real_steps": 2, "level_power": 0.5}
 LAST_RATE = 0.003  # of the real DDE, as a share of the first
 BATCH_SIZE, NUM_BATCHES = 512, 2000
 STEPS_PER_EPOCH, EPOCHS = 50, 100
-FOLDER = Path(__file__).parent / "example_models"
+FOLDER = ROOT / "example_models"
 
 
 def build_egm(seed=0, epochs=EPOCHS):
