@@ -161,8 +161,7 @@ class DDE(Trainable):
     def add_noise(self, x, key):
         """Draw a noise level, log-uniform in the range, and noise for each of the clean points x (batch, *event).
 
-        Returns:
-            noisy_x (batch, *event), noise (batch, *event) in noise units, and noise_std (batch, 1).
+        Returns noisy_x (batch, *event), noise (batch, *event) in noise units, and noise_std (batch, 1).
         """
         noise_key, level_key = draws.split(key)
         noise = draws.normal(tf.shape(x), noise_key, x.dtype)
@@ -205,10 +204,8 @@ class DDE(Trainable):
 
         Raises:
             ValueError: for a ``net`` with other inputs or outputs, batch normalization or half precision (float16), or
-                other arguments that are not as above.
-
-        Warns:
-            UserWarning: for piecewise linear activations such as ReLU, whose score is piecewise constant.
+                other arguments that are not as above. A UserWarning tells of piecewise linear activations such as
+                ReLU, whose score is piecewise constant.
         """
         super().__init__(seed, **kwargs)
         self.noise_std, self.noise_range = checks.check_noise_std(noise_std)
@@ -367,9 +364,8 @@ class EGM(Trainable):
             **kwargs: for ``keras.Model``.
 
         Raises:
-            ValueError: for DDEs that are the same object, share their network or differ in ``noise_std``, a generator
-                whose output does not fit them, networks whose shapes are not known yet, or other arguments out of
-                range.
+            ValueError: for DDEs that share their network or differ in ``noise_std``, a generator whose output does not
+                fit them, networks whose shapes are not known yet, or other arguments out of range.
         """
         super().__init__(seed, **kwargs)
         for name, dde in (("dde_real", dde_real), ("dde_fake", dde_fake)):
@@ -404,9 +400,8 @@ class EGM(Trainable):
             real_optimizer: that of ``dde_real``, if it differs; None is ``dde_optimizer``.
             **options: as for ``keras.Model.compile``, such as ``jit_compile`` and ``steps_per_execution``.
 
-        Raises:
-            ValueError: for optimizers with ``use_ema``, or that would have to be copied and cannot, as they have
-                exclusions or learning rates of one's own: give three of them; for ``optimizer``.
+        Optimizers with ``use_ema`` are refused, as are those that have to be copied and cannot, as they have exclusions
+        or learning rates of one's own: give three of them.
         """
         if "optimizer" in options:
             raise ValueError("each network of an EGM has its own optimizer: give dde_optimizer and gen_optimizer")

@@ -10,8 +10,7 @@ import warnings
 
 import numpy as np
 
-# Data whose mean is so many standard deviations off, or whose standard deviation so many times as large or as small as
-# those that a network was built for, train badly.
+# Data so many standard deviations off, or so many times as wide or narrow as a network was built for, train badly.
 FAR, WIDE, NARROW = 2.0, 2.0, 10.0
 PIECEWISE_LINEAR = set(
     "relu relu6 leaky_relu leakyrelu prelu hard_tanh hard_sigmoid hard_shrink hard_silu soft_shrink threshold".split()
@@ -246,17 +245,14 @@ def check_points(name, x, event_shape, dtype, smallest_noise_std=math.inf):
     is_finite = np.isfinite(points).reshape(len(points), -1).all(axis=1)
     if not is_finite.all():
         first, share = int(np.argmin(is_finite)), f"{(~is_finite).sum()} of {len(points)} points"
-        raise ValueError(
-            f"{name} must be finite, got NaN, infinity or numbers too large for {dtype} in {share}, first at index "
-            f"{first}: {array[first].ravel()[:4]}"
-        )
+        given = f"NaN, infinity or numbers too large for {dtype} in {share}"
+        raise ValueError(f"{name} must be finite, got {given}, first at index {first}: {array[first].ravel()[:4]}")
     largest = np.abs(points).max()
     rounding = max(np.spacing(values.max()) for values in (largest, np.abs(array).max()) if values.dtype.kind == "f")
     if rounding > 0.1 * smallest_noise_std:
-        raise ValueError(
-            f"{name} are as large as {largest:g}, where numbers of this type lie {rounding:g} apart, too far for a "
-            f"noise_std of {smallest_noise_std:g}: subtract the mean, or divide by the standard deviation"
-        )
+        given = f"{name} are as large as {largest:g}, where numbers of this type lie {rounding:g} apart"
+        remedy = "subtract the mean, or divide by the standard deviation"
+        raise ValueError(f"{given}, too far for a noise_std of {smallest_noise_std:g}: {remedy}")
     return points
 
 

@@ -8,16 +8,10 @@ PURPOSES = ("train", "evaluate", "generator", "latents", "sample", "langevin", "
 
 
 def draw_key(seed, purpose, step):
-    """Make the key of one draw.
+    """Make the key of one draw: an int64 tensor (2,), to be used once, by ``split``, ``normal`` or ``uniform``.
 
-    Args:
-        seed: integer from 0 to 2**31 - 1.
-        purpose: one of ``PURPOSES``.
-        step: integer or scalar integer tensor.
-
-    Returns:
-        int64 tensor (2,), to be used once, by ``split``, ``normal`` or ``uniform``. The replicas of a
-        ``tf.distribute`` strategy get a key each.
+    ``seed`` is an integer from 0 to 2**31 - 1, ``purpose`` one of ``PURPOSES``, and ``step`` an integer or a scalar
+    integer tensor. The replicas of a ``tf.distribute`` strategy get a key each.
     """
     key = tf.stack([tf.cast(seed, tf.int64), tf.constant(PURPOSES.index(purpose), tf.int64)])
     key = tf.random.fold_in(key, tf.cast(step, tf.int64), alg="philox")

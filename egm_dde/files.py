@@ -39,8 +39,7 @@ def check_writable(path):
     """Raise OSError unless ``replacing`` can write a file: replace it by its copy. Missing folders are made."""
     path = Path(path)
     try:
-        with contextlib.suppress(FileExistsError):
-            path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             if path.exists():
                 shutil.copyfile(path, temporary)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from egm_dde import checks, networks
-from egm_dde.networks import exact_type, stack_dense_layers
+from egm_dde.networks import exact_type, log_normal, stack_dense_layers
 
 
 @networks.register
@@ -25,10 +25,8 @@ class PixelMixture(networks.DataLayer):
         means, variances = (keras.ops.reshape(each, (3, 1, 1, 1)) for each in (self.means, self.variances))
         mean = keras.ops.sum(self.shares * means, axis=0)  # (height, width, channels)
         variance = keras.ops.sum(self.shares * (variances + means**2), axis=0) - mean**2
-        parts = keras.ops.log(self.shares) + networks.log_normal(x, means, variances + noise_variance)
-        log_ratios = keras.ops.logsumexp(parts, axis=1, keepdims=True) - networks.log_normal(
-            x, mean, variance + noise_variance
-        )
+        parts = keras.ops.log(self.shares) + log_normal(x, means, variances + noise_variance)
+        log_ratios = keras.ops.logsumexp(parts, axis=1, keepdims=True) - log_normal(x, mean, variance + noise_variance)
         fading = 1.0 / (1.0 + 4.0 / self.data_std**2 * keras.ops.exp(2.0 * log_noise_std))
         return fading * keras.ops.sum(log_ratios, axis=(2, 3, 4))
 
@@ -115,8 +113,7 @@ def build_image_generator(images, latent_dim=32, widths=(384, 384, 384), seed=0)
         images, widths, seed: as in ``build_image_energy_net``; the layers have ReLU.
         latent_dim: number of coordinates of the latent z ~ N(0, I), at most that of a flat image.
 
-    Returns:
-        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels).
+    Returns a Functional ``keras.Model`` from (batch, latent_dim) to (batch, height, width, channels).
     """
     mean, components, variances = _principal_components(images)
     checks.check_sizes_and_scales({}, widths, {})

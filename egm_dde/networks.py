@@ -167,10 +167,9 @@ def build_energy_net(
         seed: integer that fixes the initial weights.
         data: points (n, dim) to train on, or some of them.
 
-    Returns:
-        A Functional ``keras.Model`` with output (batch, 1): the log density of the noisy data up to a constant.
+    Returns a Functional ``keras.Model`` with output (batch, 1): the log density of the noisy data up to a constant.
     """
-    dim, data_std, statistics = _describe_data(dim, data_std, data)
+    dim, data_std, known, correlation = _describe_data(dim, data_std, data)
     checks.check_sizes_and_scales({"dim": dim}, widths, {"feature_scale": feature_scale})
     if num_features is None:
         num_features = 64 if dim <= 3 else 0
@@ -179,13 +178,9 @@ def build_energy_net(
     initial = initializers("GlorotUniform", seed)
     x = keras.Input((dim,), dtype=exact_type(), name="x")
     log_noise_std = keras.Input((1,), dtype=exact_type(), name="log_noise_std") if noise_conditional else None
-    if data is None:  # the points themselves are of the right size; the waves count in standard deviations
-        known, feature_scale, base_measure = {}, feature_scale / data_std, GaussianLogDensity(data_std)
-    else:
-        known, base_measure = (
-            {"data_mean": statistics[0].tolist(), "data_std": statistics[1].tolist()},
-            CorrelatedGaussian(),
-        )
+    base_measure = GaussianLogDensity(data_std) if data is None else CorrelatedGaussian()
+    if data is None:  # the points themselves are of the right size
+        feature_scale /= data_std
     if num_features:
         hidden = RandomFourierFeatures(num_features, feature_scale, seed, **known)(x, log_noise_std)
     else:
@@ -196,12 +191,11 @@ def build_energy_net(
     hidden = stack_dense_layers(hidden, widths, activation, initial)
     net = energy_model("energy_net", x, log_noise_std, hidden, base_measure(x, log_noise_std), next(initial))
     if data is not None:
-        mean, std, correlation = statistics
-        variances, components = np.linalg.eigh(correlation)
         if not noise_conditional:
+            variances, components = np.linalg.eigh(correlation)
             correlation = components * np.maximum(variances, 0.1 * variances.max()) @ components.T
-        variances, components = np.linalg.eigh(std[:, None] * correlation * std)
-        base_measure.set_weights([mean, components, np.maximum(variances, 0.0)])
+        variances, components = np.linalg.eigh(correlation * np.outer(known["data_std"], known["data_std"]))
+        base_measure.set_weights([np.array(known["data_mean"]), components, np.maximum(variances, 0.0)])
     return net
 
 
@@ -229,10 +223,9 @@ def build_generator(  # noqa: D417
         num_features: number of random Fourier features of the latent.
         feature_scale: standard deviation of their frequencies, in radians per standard deviation of the latent.
 
-    Returns:
-        A Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
+    Returns a Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
     """
-    dim, data_std, statistics = _describe_data(dim, data_std, data)
+    dim, data_std, known, correlation = _describe_data(dim, data_std, data)
     sizes = {"latent_dim": latent_dim, "dim": dim, "num_features": num_features}
     checks.check_sizes_and_scales(sizes, widths, {"feature_scale": feature_scale})
     seed, exact = checks.check_seed(seed), exact_type()
@@ -245,22 +238,21 @@ def build_generator(  # noqa: D417
     y = keras.layers.Dense(dim, kernel_initializer=last, dtype=exact)(hidden)
     if data is None and is_correction:
         y = keras.layers.Add(dtype=exact)([DataScaling(data_std)(z), y])
-    if data is not None:
-        mean, std, correlation = statistics
+    elif data is not None:
         if is_correction:
             start = keras.layers.Dense(dim, use_bias=False, trainable=False, dtype=exact)
             y = keras.layers.Add(dtype=exact)([start(z), y])
             variances, components = np.linalg.eigh(correlation)
             start.set_weights([components * np.sqrt(np.maximum(variances, 0.0)) @ components.T])
-        y = DataScaling(std.tolist(), mean.tolist())(y)
+        y = DataScaling(**known)(y)
     return keras.Model(z, y, name="generator")
 
 
 def _describe_data(dim, data_std, data):
-    """Number of coordinates, one width for all of them, and mean (d,), standard deviation (d,), correlation (d, d)."""
+    """Number of coordinates, one width for all of them; of data, what a ``DataLayer`` knows, and correlation (d, d)."""
     if data is None:
         data_std = 2.0 if data_std is None else checks.check_positive("data_std", data_std)
-        return 2 if dim is None else checks.check_integer("dim", dim), data_std, ()
+        return 2 if dim is None else checks.check_integer("dim", dim), data_std, {}, None
     points = checks.check_points("data", data, (dim,), "float64")
     if data_std is not None:
         raise ValueError(f"data_std is that of data, where data are given; got {data_std!r}")
@@ -268,9 +260,11 @@ def _describe_data(dim, data_std, data):
     varies = std > 1e-7 * abs(mean)  # and not by rounding errors alone
     if not varies.any():
         raise ValueError(f"data must be points that differ, got {len(points)} alike")
-    std = np.where(varies, std, np.exp(np.log(std[varies]).mean()))  # a constant column is as wide as the others
+    width = np.exp(np.log(std[varies]).mean())
+    std = np.where(varies, std, width)  # a constant column is as wide as the others
     scaled = (points - mean) / std
-    return points.shape[1], math.exp(np.log(std).mean()), (mean, std, scaled.T @ scaled / len(points))
+    known = {"data_mean": mean.tolist(), "data_std": std.tolist()}
+    return points.shape[1], float(width), known, scaled.T @ scaled / len(points)
 
 
 def log_normal(x, mean, variance):

@@ -20,9 +20,7 @@ def prepare_process():
     * TensorFlow's start-up notes stay off the notebook: its log level is 2, and in Jupyter what C++ writes to standard
       error goes to Jupyter's terminal.
 
-    * Keras computes with TensorFlow, as the models need it.
-
-    Environment variables that are set already win. Where the C library is not glibc, the allocator stays as it is.
+    Keras is told to use TensorFlow. Environment variables that are set already win. Without glibc, the allocator stays.
     """
     require_tensorflow()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

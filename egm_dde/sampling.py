@@ -22,14 +22,12 @@ from egm_dde.draws import per_event
 STEPS_AT_THE_TOP = 10  # of annealed_langevin, whose points start far from the noisy density of the highest level
 # Annealed importance sampling: chains of the pilot run, and the share of accepted steps that it aims at, the best one
 # in many dimensions (Roberts and Rosenthal 1998).
-NUM_PILOTS = 256
-BEST_ACCEPTANCE = 0.574
+NUM_PILOTS, BEST_ACCEPTANCE = 256, 0.574
 
 SMALLEST_SHARE_KEPT = 0.01  # of the points that correct draws; densities that reject more have little in common
 
 # Below these, as a number and as a share of all points, an effective sample size is no base for an estimate.
-SMALLEST_SAMPLE_SIZE = 100
-SMALLEST_SAMPLE_SHARE = 0.1
+SMALLEST_SAMPLE_SIZE, SMALLEST_SAMPLE_SHARE = 100, 0.1
 
 
 class LogPartition(NamedTuple):
@@ -246,10 +244,11 @@ def log_partition(dde, data, n_samples=10_000, noise_std=None, num_steps=100, se
     sample_size = math.exp(2 * log_sum - logsumexp(2 * log_weights))
     is_reliable = sample_size >= max(SMALLEST_SAMPLE_SIZE, SMALLEST_SAMPLE_SHARE * n_samples)
     if not is_reliable:
+        found = (
+            f"{n_samples} points have an effective sample size of {sample_size:.1f}, so log Z is most likely too low"
+        )
         warnings.warn(
-            f"{n_samples} points have an effective sample size of {sample_size:.1f}, so log Z is most likely too low: "
-            "try more num_steps, a larger noise_std, or data that the DDE has learned",
-            stacklevel=2,
+            f"{found}: try more num_steps, a larger noise_std, or data that the DDE has learned", stacklevel=2
         )
     value = float(log_sum - math.log(n_samples))
     standard_error = math.sqrt(max(1 / sample_size - 1 / n_samples, 0.0))

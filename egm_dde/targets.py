@@ -18,14 +18,9 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     Averaging changes no expected gradient: given the batch and y, the point that was moved is x_j with probability w_j.
     (For a fixed y, a mean over a random batch is a biased estimate of the score; see arXiv:2302.00670.)
 
-    Args:
-        x: clean points (batch, *event), as are the shapes of ``noisy_x`` and ``noise``.
-        noisy_x: x + noise_std * noise.
-        noise: in noise units.
-        noise_std: levels (batch, 1), in data units.
-
-    Returns:
-        mean_noise (batch, *event), the squared norm (batch, 1) of ``noise``, and its average (batch, 1).
+    ``x`` are clean points (batch, *event), ``noise_std`` levels (batch, 1) in data units, ``noise`` is in noise units,
+    and ``noisy_x`` is x + noise_std * noise. Returns the average of the noise (batch, *event), its squared norm
+    (batch, 1), and the average of that (batch, 1).
     """
     batch_size, dim = tf.shape(x)[0], math.prod(x.shape[1:])
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32  # half precision is too coarse for exponents

@@ -118,7 +118,7 @@ class Trainable(keras.Model):
         elif isinstance(x, keras.utils.PyDataset):
             self.check_data("x", points_of(x[0]), warns=True)
         elif isinstance(x, types.GeneratorType):
-            first = next(x)
+            first = next(x, None)
             self.check_data("x", points_of(first), warns=True)
             x = (batch for batch in itertools.chain([first], x))
         elif x is None or isinstance(x, (dict, str)) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
@@ -238,9 +238,7 @@ class Trainable(keras.Model):
     def load(cls, filepath, **options):
         """Load a model of this class as ``keras.saving.load_model`` does, or say what is wrong with the file.
 
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated, damaged, no ``.keras`` file, or holds a model of another class.
+        A file that is truncated, damaged, of version 1 or of another class is a ValueError.
         """
         path = Path(filepath)
         if not path.exists():

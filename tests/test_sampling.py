@@ -70,8 +70,6 @@ def draw_data(dde, n_samples, seed=5):
     rng = np.random.default_rng(seed)
     x = layer.means[rng.choice(len(layer.means), size=n_samples, p=layer.shares)]
     x = x + rng.multivariate_normal(np.zeros(x.shape[1]), layer.covariance, size=n_samples)
-    if layer.bend:
-        x[:, 1] -= layer.bend * (x[:, 0] ** 2 - 1)
     return x.reshape(-1, *dde.event_shape)
 
 
@@ -79,11 +77,10 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def assert_gaussian(x, mean, variance, sigmas=4.5):
-    """Check mean and variance of independent normal columns (n, d), to so many standard errors."""
-    mean, variance = np.broadcast_to(mean, x.shape[1]), np.broadcast_to(variance, x.shape[1])
-    np.testing.assert_array_less(np.abs(x.mean(axis=0) - mean), sigmas * np.sqrt(variance / len(x)))
-    np.testing.assert_array_less(np.abs(x.var(axis=0) / variance - 1), sigmas * np.sqrt(2 / len(x)))
+def assert_gaussian(x, mean, variance):
+    """Check mean and variance of independent normal columns (n, d), to 4.5 standard errors."""
+    assert (np.abs(x.mean(axis=0) - mean) < 4.5 * np.sqrt(variance / len(x))).all()
+    assert (np.abs(x.var(axis=0) / variance - 1) < 4.5 * np.sqrt(2 / len(x))).all()
 
 
 # --- Langevin dynamics at one level ---
@@ -164,7 +161,7 @@ def test_annealed_langevin_follows_its_recursion_on_a_gaussian():
 
 
 def test_annealed_langevin_starts_at_the_mean_that_the_network_was_built_for():
-    data = [100.0, -30.0] + normal(500, 2)
+    data = np.array([100.0, -30.0]) + normal(500, 2)
     dde = DDE(build_energy_net(data=data, noise_conditional=True, widths=(4,), seed=1), (0.5, 1.0), seed=0)
     x = annealed_langevin(dde, 500, num_levels=2, seed=5)
     np.testing.assert_allclose(x.mean(axis=0), data.mean(axis=0), atol=1.5)
@@ -248,13 +245,11 @@ def test_an_egm_corrects_its_samples():
 # --- The constant ---
 
 
-def assert_estimates(result, value=OFFSET, largest_error=0.1, sigmas=4.5):
-    assert 0 < result.standard_error < largest_error
-    assert abs(result.value - value) < sigmas * result.standard_error + 1e-4
-    assert result.is_reliable
-    np.testing.assert_allclose(
-        result.standard_error, np.sqrt(1 / result.effective_sample_size - 1 / result.n_samples), rtol=1e-3
-    )
+def assert_estimates(result, largest_error=0.1):
+    assert result.is_reliable and 0 < result.standard_error < largest_error
+    assert abs(result.value - OFFSET) < 4.5 * result.standard_error + 1e-4
+    expected_error = np.sqrt(1 / result.effective_sample_size - 1 / result.n_samples)
+    np.testing.assert_allclose(result.standard_error, expected_error, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dim", [2, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (8, 21)), 63])
@@ -264,13 +259,6 @@ def test_log_partition_of_mixtures(dim):
     data = draw_data(dde, 4000)
     assert_estimates(log_partition(dde, data, n_samples=1000, num_steps=30, seed=2), largest_error=0.02)
     assert_estimates(log_partition(dde, data, n_samples=1000, noise_std=0.3, seed=2))
-
-
-@pytest.mark.parametrize("dim", [2, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (8, 21)), 63])
-def test_log_partition_of_bananas(dim):
-    dde = exact_dde(0.3, [np.zeros(dim)], (1 - 0.3**2) * np.eye(dim), bend=0.3)
-    data = draw_data(dde, 4000)
-    assert_estimates(log_partition(dde, data, n_samples=2000, num_steps=200, seed=3), largest_error=0.05)
 
 
 def test_log_partition_of_untied_levels_needs_one():
@@ -389,9 +377,12 @@ def test_points_of_any_shape():
             np.testing.assert_allclose(result, flat_result, rtol=1e-3, atol=1e-4)
 
 
+def unbuilt_dde(noise_std):
+    return DDE(keras.Sequential([keras.layers.Dense(16, "tanh"), keras.layers.Dense(1, use_bias=False)]), noise_std)
+
+
 def test_network_without_an_input_is_built_first():
-    net = keras.Sequential([keras.layers.Dense(16, "tanh"), keras.layers.Dense(1, use_bias=False)])
-    assert np.isfinite(langevin(DDE(net, 0.5, seed=0), normal(10, 3), 3, seed=0)).all()
+    assert np.isfinite(langevin(unbuilt_dde(0.5), normal(10, 3), 3, seed=0)).all()
 
 
 def test_new_weights_count():
@@ -410,14 +401,10 @@ def test_what_is_not_finite_is_an_error():
         log_partition(exact_8gaussians(offset=math.nan), normal(100, 2), n_samples=100, num_steps=5)
 
 
-NO_INPUT = DDE(keras.Sequential([keras.layers.Dense(1)]), 0.5, seed=0)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("langevin", {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
-        ("langevin", {"step_size": -1.0}, "step_size must be a positive finite number, got -1.0"),
         ("langevin", {"step_size": math.nan}, "step_size must be a positive finite number, got nan"),
         ("langevin", {"noise_std": 3.0}, r"noise_std must be within \[0.5, 2.0\], .* got 3.0"),
         ("langevin", {"noise_std": [0.5, 0.6]}, "noise_std must be a positive finite number"),
@@ -428,7 +415,8 @@ NO_INPUT = DDE(keras.Sequential([keras.layers.Dense(1)]), 0.5, seed=0)
         ("annealed_langevin", {"n_samples": 0}, "n_samples must be an integer of at least 1, got 0"),
         ("annealed_langevin", {"num_levels": 1}, "num_levels must be an integer of at least 2, got 1"),
         ("annealed_langevin", {"step_ratio": 0}, "step_ratio must be a positive finite number, got 0"),
-        ("annealed_langevin", {"dde": NO_INPUT}, "dde must have a range of levels"),
+        ("annealed_langevin", {"dde": unbuilt_dde(0.5)}, "dde must have a range of levels"),
+        ("annealed_langevin", {"dde": unbuilt_dde((0.5, 2.0))}, "must know the shape of its points"),
         ("annealed_langevin", {"dde": None}, "dde must be a DDE"),
         ("correct", {"n_samples": 0}, "n_samples must be an integer of at least 1, got 0"),
         ("correct", {"dde_fake": None}, "dde must be a DDE"),
