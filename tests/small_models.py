@@ -5,12 +5,10 @@ import inspect
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from energy_models import DDE, EGM, build_energy_net, build_generator
 
-KEY = tf.constant([3, 5], tf.int64)
-OTHER_KEY = tf.constant([3, 6], tf.int64)
+KEY, OTHER_KEY = np.array([3, 5]), np.array([3, 6])  # arrays, as tensors would start TensorFlow
 NOISE = {"fixed": 0.4, "range": (0.2, 1.5)}
 DDE_KINDS = ["fixed", "range", "images", "images and range"]
 
@@ -35,8 +33,7 @@ def double_precision():
 def image_net(noise_conditional):
     """Build a network of 4 x 4 images that uses nothing of the modules under test."""
     image, log_noise_std = keras.Input((4, 4, 1)), keras.Input((1,))
-    hidden = keras.layers.Conv2D(3, 3, activation="tanh")(image)
-    hidden = keras.layers.Flatten()(hidden)
+    hidden = keras.layers.Flatten()(keras.layers.Conv2D(3, 3, activation="tanh")(image))
     if noise_conditional:
         hidden = keras.layers.Concatenate()([hidden, log_noise_std])
     hidden = keras.layers.Dense(5, activation="silu")(hidden)
@@ -57,25 +54,39 @@ def identity_generator(*shape):
     return keras.Sequential([keras.Input(shape), keras.layers.Identity()])
 
 
-def make_dde(kind, dual_weight=1.0, seed=7, net_seed=0):
-    """Make a small DDE whose weights are all generic: no zero biases."""
-    noise_std = NOISE["range" if "range" in kind else "fixed"]
-    if "images" in kind:
-        net = image_net("range" in kind)
-    else:
-        net = build_energy_net(3, "range" in kind, (6, 5), "tanh", num_features=4, feature_scale=0.8, data_std=1.3)
-    net.set_weights([normal(*w.shape, seed=net_seed + i, scale=0.5) for i, w in enumerate(net.get_weights())])
-    return DDE(net, noise_std, dual_weight=dual_weight, seed=seed)
+def dense_net(num_outputs, *layers, seed=0, **options):
+    """Build a network of points (batch, 3): the layers given, and two dense ones, the first with options."""
+    initial = [keras.initializers.GlorotUniform(seed + i) for i in range(2)]
+    hidden = keras.layers.Dense(5, "tanh", kernel_initializer=initial[0], **options)
+    output = keras.layers.Dense(num_outputs, kernel_initializer=initial[1], use_bias=False)
+    return keras.Sequential([keras.Input((3,)), *layers, hidden, output])
 
 
-def points_for(dde, n_points, seed=0):
-    return normal(n_points, *dde.event_shape, seed=seed)
+def make_dde(kind="fixed", net=None, seed=7, net_seed=0, **options):
+    """Make a small DDE whose weights are all generic, with no zero biases, or that of a network given."""
+    if net is None:
+        sizes = {"num_features": 4, "feature_scale": 0.8, "data_std": 1.3}
+        in_range = "range" in kind
+        net = image_net(in_range) if "images" in kind else build_energy_net(3, in_range, (6, 5), "tanh", **sizes)
+        net.set_weights([normal(*w.shape, seed=net_seed + i, scale=0.5) for i, w in enumerate(net.get_weights())])
+    return DDE(net, NOISE["range" if "range" in kind else "fixed"], seed=seed, **options)
 
 
-def make_egm(kind="fixed", **options):
-    generator = build_generator(2, 3, (6, 5), "tanh", num_features=4, feature_scale=0.5, data_std=1.3, seed=2)
-    options = {"latents_per_point": 2, "average_decay": 0.15, "dde_steps": 2, "seed": 11} | options
-    return EGM(make_dde(kind), make_dde(kind, net_seed=50), generator, **options)
+def make_egm(kind="fixed", **parts_and_options):
+    """Make a small EGM of DDEs of a kind, and of any parts and options given."""
+    parts = {
+        "dde_real": make_dde(kind),
+        "dde_fake": make_dde(kind, net_seed=50),
+        "generator": build_generator(2, 3, (6, 5), "tanh", num_features=4, feature_scale=0.5, data_std=1.3, seed=2),
+    }
+    options = {"latents_per_point": 2, "average_decay": 0.15, "dde_steps": 2, "seed": 11}
+    return EGM(**parts | options | parts_and_options)
+
+
+def compiled(model, make_optimizer, **options):
+    """Compile a model with an optimizer for each of its networks; return it."""
+    model.compile(*(make_optimizer() for _ in model.networks), **options)
+    return model
 
 
 def egm_parts(dim=2, noise_stds=(0.1, 0.1)):
@@ -84,8 +95,27 @@ def egm_parts(dim=2, noise_stds=(0.1, 0.1)):
     return (*ddes, identity_generator(dim))
 
 
+def points_for(dde, n_points, seed=0):
+    return normal(n_points, *dde.event_shape, seed=seed)
+
+
 def ddes_of(model):
     return [model.dde_real, model.dde_fake] if isinstance(model, EGM) else [model]
+
+
+def trained_parts(model):
+    """The models with an optimizer each, in the order of the networks."""
+    return [*ddes_of(model), *([model] if isinstance(model, EGM) else [])]
+
+
+def values_of(variables):
+    return [variable.numpy() for variable in variables]
+
+
+def state(model):
+    """All that a training step changes: weights of networks and of optimizers."""
+    optimizers = [part.optimizer for part in trained_parts(model) if part.compiled]
+    return values_of([*model.weights, *(variable for optimizer in optimizers for variable in optimizer.variables)])
 
 
 def central_differences(function, x, step=1e-5):
@@ -122,3 +152,8 @@ def assert_equal_arrays(one, other):
 def differ(one, other):
     """Whether any of two lists of arrays differ."""
     return any(not np.array_equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+def assert_equal_states(one, *others):
+    for other in others:
+        assert_equal_arrays(state(one), state(other))

@@ -306,7 +306,7 @@ def test_images_in_colour_are_clipped(ax):
 
 
 def test_what_is_no_image_is_not_drawn(ax):
-    for shape in ((4, 8, 8), (4, 8, 8, 2), (0, 8, 8, 1)):
+    for shape in ((4, 8, 3), (4, 8, 8, 2), (0, 8, 8, 1)):
         with pytest.raises(ValueError, match=r"images must have shape \(n, height, width, 1 or 3\), got"):
             plot_images(ax, np.zeros(shape))
     with pytest.raises(ValueError, match="images must be finite"):

@@ -66,15 +66,6 @@ def write_folder(path, text):
     (path / "variables" / "weights").write_text(text)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "exported"
-    for text in ("old", "new"):
-        with files.replacing(path) as temporary:
-            write_folder(temporary, text)
-        assert (path / "variables" / "weights").read_text() == text
-        assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("moment", ["writing", "before", "between", "after"])
 def test_an_error_loses_no_folder(error, moment, monkeypatch, tmp_path):

@@ -1,7 +1,6 @@
-"""Data, networks and settings that must end in a clear error, or work."""
-
 import itertools
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import hypothesis
@@ -13,6 +12,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 from keras.optimizers import SGD, Adam
 from small_models import assert_equal_arrays, differ, normal
+from test_energy_models import Batches
 
 from egm_dde.checks import check_points
 from energy_models import DDE, EGM, build_energy_net, build_generator
@@ -61,8 +61,8 @@ BAD_DATA = {
     "a missing value": (Nullable("i", [[1, 2], [None, 4]]), "in 1 of 2 points, first at index 1"),
     "nullable text": (Nullable("O", [["1", "2"]]), "must be real numbers .* got object"),
     "too large for float32": (np.full((6, 2), 1e39), "too large for float32 in 6 of 6"),
-    "too large for its noise": (normal(6, 2) + 1e8, r"lie 8 apart, too far for a noise_std of 0\.3: subtract the mean"),
-    "rounded": (np.float16(normal(6, 2) + 1000), r"lie 0\.5 apart, too far for a noise_std of 0\.3"),
+    "too large for its noise": (normal(6, 2) + 1e8, r"lie 8 apart, too far for a noise_std of 0\.[23]: subtract"),
+    "rounded": (np.float16(normal(6, 2) + 1000), r"lie 0\.5 apart, too far for a noise_std of 0\.[23]"),
     "no points": (np.zeros((0, 2)), r"at least one point, got shape \(0, 2\)"),
     "a number": (1.0, r"must have shape \(n, 2\), got \(\)"),
     "a vector": (normal(6), r"must have shape \(n, 2\), got \(6,\)"),
@@ -89,7 +89,7 @@ def models():
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data_are_refused_and_change_nothing(name, models):
     x, message = BAD_DATA[name]
-    for model in models[: 1 if name in ("too large for its noise", "rounded") else 2]:  # the EGM has another noise
+    for model in models:
         before = model.get_weights()
         with pytest.raises(ValueError, match=message):
             model.fit(x, verbose=0)
@@ -105,26 +105,12 @@ def test_bad_data_are_refused_everywhere(name, models):
         models[0].fit(normal(6, 2), validation_data=x, verbose=0)
 
 
-class Batches(keras.utils.PyDataset):
-    """Two batches of three points."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.batches = np.split(x, 2)
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return (self.batches[index],)
-
-
 CONTAINERS = {
     "array": np.asarray,
     "dataset": lambda x: tf.data.Dataset.from_tensor_slices(x).batch(3),
     "dataset of unknown length": lambda x: tf.data.Dataset.from_tensor_slices(x).filter(lambda _: True).batch(3),
     "dataset of pairs": lambda x: tf.data.Dataset.from_tensor_slices((x, x)).batch(3),
-    "PyDataset": Batches,
+    "PyDataset": lambda x: Batches(x, 3),
     "generator": lambda x: ((batch,) for batch in np.split(x, 2)),
 }
 
@@ -157,14 +143,13 @@ def test_data_far_from_zero_are_refused_or_warned_of_in_any_container(kind, mode
 
 def test_data_of_other_units_are_warned_of_for_each_network():
     x, names = 1e3 + normal(64, 2), ("dde_real", "dde_fake", "generator")
-    built = [build_energy_net(data=x, widths=(5,), seed=seed) for seed in (0, 1)] + [build_generator(data=x)]
-    default = [build_energy_net(widths=(5,)), build_energy_net(widths=(5,), seed=1), build_generator()]
-    for is_default in itertools.product((0, 1), repeat=3):
-        real, fake, generator = ((built, default)[choice][i] for i, choice in enumerate(is_default))
+    builders = [partial(build_energy_net, widths=(5,), seed=seed) for seed in (0, 1)] + [build_generator]
+    for is_default in [*np.eye(3, dtype=int), np.ones(3, int)]:
+        nets = (build(data=None if default else x) for build, default in zip(builders, is_default, strict=True))
+        real, fake, generator = nets
         egm = EGM(DDE(real, 0.3), DDE(fake, 0.3), generator, dde_steps=1)
         egm.compile(SGD(1e-9), SGD(1e-9), run_eagerly=True)
-        expected = list(itertools.compress(names, is_default))
-        assert units_warned_of(egm, x, batch_size=64) == expected
+        assert units_warned_of(egm, x, batch_size=64) == list(itertools.compress(names, is_default))
     for x, expected in ((5.0 * normal(64, 2), ["net"]), (0.1 * normal(64, 2), ["net"]), (3 + normal(64, 2), [])):
         assert units_warned_of(make_dde(1e-9), x) == expected
 
@@ -220,32 +205,30 @@ def test_terminate_on_nan_ends_quietly_what_xla_cannot_stop():
     assert_finite(dde)
 
 
+WEIGHTED = tf.data.Dataset.from_tensors((normal(6, 2), np.zeros(6), np.ones(6)))
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("method", "options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
-        ({"steps_per_epoch": -1}, "steps_per_epoch must be an integer of at least 1, got -1"),
-        ({"sample_weight": np.ones(6)}, "sample_weight are not supported"),
-        ({"class_weight": {0: 1.0}}, "class_weight and sample_weight are not supported"),
-        ({"validation_split": 1.0}, "validation_split must be .* at least 0 and less than 1, got 1.0"),
-        ({"validation_split": -0.5}, "validation_split must be .* at least 0 and less than 1, got -0.5"),
+        ("fit", {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ("fit", {"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ("fit", {"steps_per_epoch": -1}, "steps_per_epoch must be an integer of at least 1, got -1"),
+        ("fit", {"sample_weight": np.ones(6)}, "sample_weight are not supported"),
+        ("fit", {"class_weight": {0: 1.0}}, "class_weight and sample_weight are not supported"),
+        ("fit", {"x": WEIGHTED}, "weights are not supported"),
+        ("evaluate", {"sample_weight": np.ones(6)}, "sample_weight is not supported"),
+        ("fit", {"validation_split": 1.0}, "validation_split must be .* at least 0 and less than 1, got 1.0"),
+        ("fit", {"validation_split": -0.5}, "validation_split must be .* at least 0 and less than 1, got -0.5"),
+        ("compile", {"loss": "mse"}, "loss cannot be given"),
+        ("compile", {"metrics": ["mse"]}, "metrics cannot be given"),
     ],
     ids=str,
 )
-def test_bad_options_of_fit_are_refused(options, message, models):
-    with pytest.raises(ValueError, match=message):
-        models[0].fit(normal(6, 2), verbose=0, **options)
-
-
-def test_batches_with_weights_are_refused(models):
-    x = normal(6, 2)
-    batches = tf.data.Dataset.from_tensors((x, np.zeros(6), np.ones(6)))
+def test_bad_options_are_refused(method, options, message, models):
     for model in models:
-        with pytest.raises(ValueError, match="weights are not supported"):
-            model.fit(batches, verbose=0)
-        with pytest.raises(ValueError, match="sample_weight is not supported"):
-            model.evaluate(x, sample_weight=np.ones(6), verbose=0)
+        with pytest.raises(ValueError, match=message):
+            getattr(model, method)(**({} if method == "compile" else {"x": normal(6, 2), "verbose": 0}) | options)
 
 
 def test_targets_are_ignored():
@@ -266,17 +249,11 @@ def test_training_needs_compile():
             model.fit(normal(6, 2))
 
 
-@pytest.mark.parametrize("option", ["loss", "metrics"])
-def test_losses_are_built_in(option):
-    with pytest.raises(ValueError, match=f"{option} cannot be given"):
-        make_dde(**{option: ["mse"]})
-
-
 # ---------------------------------------------------------------------------------------------- networks
 
 
-def net_with(*layers):
-    return keras.Sequential([keras.Input((2,)), *layers, keras.layers.Dense(1, use_bias=False)])
+def net_with(*layers, shape=(2,)):
+    return keras.Sequential([keras.Input(shape), *layers, keras.layers.Dense(1, use_bias=False)])
 
 
 LINEAR_PIECES = [keras.layers.Dense(4, name) for name in ("relu", "leaky_relu", "relu6", "hard_tanh", "hard_sigmoid")]
@@ -284,14 +261,11 @@ LINEAR_PIECES += [keras.layers.ReLU(), keras.layers.LeakyReLU(), keras.layers.PR
 LINEAR_PIECES += [keras.Sequential([keras.layers.Dense(4, "relu")])]
 
 
-@pytest.mark.parametrize("layer", LINEAR_PIECES, ids=lambda layer: layer.name)
-def test_piecewise_linear_energy_nets_are_warned_of(layer):
-    with pytest.warns(UserWarning, match="piecewise linear: the score .* use a smooth .* such as tanh") as warned:
-        DDE(net_with(layer), 0.1)
-    assert warned[0].filename == __file__  # of the line that made the DDE
-
-
-def test_smooth_energy_nets_are_not():
+def test_piecewise_linear_energy_nets_alone_are_warned_of():
+    for layer in LINEAR_PIECES:
+        with pytest.warns(UserWarning, match="piecewise linear: the score .* use a smooth .* such as tanh") as warned:
+            DDE(net_with(layer), 0.1)
+        assert warned[0].filename == __file__, layer.name  # of the line that made the DDE
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for activation in ("tanh", "silu", "gelu", "softplus", "elu", "sigmoid", "exponential", None):
@@ -350,19 +324,6 @@ def test_other_precisions_train(policy, dtype_policy):
 # ---------------------------------------------------------------------------------------------- anything goes
 
 DTYPES = ["float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bfloat16"]
-KINDS = {
-    "array": lambda x, _: x.numpy(),
-    "tensor": lambda x, _: x,
-    "list": lambda x, _: x.numpy().tolist(),
-    "dataset": lambda x, batch_size: tf.data.Dataset.from_tensor_slices(x).batch(batch_size),
-}
-
-
-def net_of_events(event_shape, in_range):
-    inputs = [keras.Input(event_shape), keras.Input((1,))][: 1 + in_range]
-    hidden = keras.layers.Concatenate()([keras.layers.Flatten()(each) for each in inputs])
-    hidden = keras.layers.Dense(4, "tanh")(hidden)
-    return keras.Model(inputs if in_range else inputs[0], keras.layers.Dense(1, use_bias=False)(hidden))
 
 
 @hypothesis.given(
@@ -370,17 +331,19 @@ def net_of_events(event_shape, in_range):
     event_shape=hnp.array_shapes(min_dims=1, max_dims=3, max_side=4),
     n_points=st.integers(1, 9),
     batch_size=st.integers(1, 12),
-    noise_std=st.one_of(st.floats(0.05, 3.0), st.tuples(st.floats(0.05, 0.5), st.floats(0.6, 5.0))),
-    kind=st.sampled_from(list(KINDS)),
+    noise_std=st.floats(0.05, 3.0),
+    kind=st.sampled_from(["array", "tensor", "list", "dataset"]),
 )
 @pytest.mark.slow
 @hypothesis.settings(max_examples=25)
 def test_points_of_any_shape_type_and_number_train(dtype, event_shape, n_points, batch_size, noise_std, kind):
     x = tf.cast(3.0 * normal(n_points, *event_shape), dtype)
-    dde = DDE(net_of_events(event_shape, isinstance(noise_std, tuple)), noise_std, seed=0)
+    batches = tf.data.Dataset.from_tensor_slices(x).batch(batch_size)
+    data = {"array": x.numpy(), "tensor": x, "list": x.numpy().tolist(), "dataset": batches}[kind]
+    dde = DDE(net_with(keras.layers.Flatten(), keras.layers.Dense(4, "tanh"), shape=event_shape), noise_std, seed=0)
     dde.compile(Adam(1e-3), run_eagerly=True)
     before = dde.get_weights()
-    history = dde.fit(KINDS[kind](x, batch_size), batch_size=None if kind == "dataset" else batch_size, verbose=0)
+    history = dde.fit(data, batch_size=None if kind == "dataset" else batch_size, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert dde.num_steps == -(-n_points // batch_size)
     assert differ(dde.get_weights(), before)

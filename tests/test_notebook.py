@@ -43,6 +43,11 @@ def code_cells(path):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
+def execute(path):
+    assert notebook.main([str(path)]) == 0
+    return code_cells(path)
+
+
 def fail(path):
     """Execute a notebook in vain: it stays as it was, with nothing beside it that was not there before."""
     before, folder = path.read_bytes(), set(path.parent.iterdir())
@@ -50,19 +55,16 @@ def fail(path):
     assert path.read_bytes() == before and set(path.parent.iterdir()) == folder
 
 
-def test_outputs_are_written_and_shown_as_they_come(write_notebook, capsys):
+def test_outputs_are_written_and_shown_as_they_come_and_again_the_same(write_notebook, capsys):
     path = write_notebook("# Story", "answer = 6 * 7", "## Training the net", TRAINING, "print(answer)\nanswer")
-
-    assert notebook.main([str(path)]) == 0
-
-    cells = code_cells(path)
+    path.chmod(0o640)
+    cells = execute(path)
     assert [cell.execution_count for cell in cells] == [1, 2, 3]
     assert not cells[0].outputs
     assert cells[1].outputs[0].data["text/plain"] == "epoch 3/3, gen_loss 0.123, 0 s to go"
     assert [output.output_type for output in cells[2].outputs] == ["stream", "execute_result"]
     assert cells[2].outputs[0].text == "42\n"
     assert all(cell.metadata == {} for cell in cells)
-
     lines = [re.sub(r"[0-9.]+ s\b(?! to go)", "# s", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         f"{path}",
@@ -76,16 +78,8 @@ def test_outputs_are_written_and_shown_as_they_come(write_notebook, capsys):
         "    (# s)",
         f"{path} written, # s in total",
     ]
-
-
-def test_executing_again_changes_nothing(write_notebook):
-    path = write_notebook("# Story", "import numpy", "print(numpy.arange(3))")
-    path.chmod(0o640)
-    assert notebook.main([str(path)]) == 0
     first = path.read_bytes()
-
-    assert notebook.main([str(path)]) == 0
-
+    execute(path)
     assert path.read_bytes() == first
     assert path.stat().st_mode & 0o777 == 0o640
     assert list(path.parent.iterdir()) == [path]
@@ -100,19 +94,11 @@ def test_kernel_is_this_python_in_the_notebooks_folder_and_environment(write_not
     monkeypatch.setenv("DATASET", "rings")
     monkeypatch.setenv("MPLBACKEND", "agg")  # of the shell, where figures are not inline
     names = "sys.executable, os.getcwd(), os.environ['DATASET'], os.environ['MPLBACKEND']"
-    path = write_notebook(f"import os, sys\nprint({names}, sep='\\n')")
-
-    assert notebook.main([str(path)]) == 0
-
-    *lines, backend = code_cells(path)[0].outputs[0].text.splitlines()
-    assert lines == [sys.executable, str(tmp_path.resolve()), "rings"]
+    log_of_compiled_libraries = "n = os.write(2, b'noise'), os.write(1, b'noise')"
+    cell = execute(write_notebook(f"import os, sys\n{log_of_compiled_libraries}\nprint({names}, sep='\\n')"))[0]
+    *lines, backend = cell.outputs[0].text.splitlines()
+    assert len(cell.outputs) == 1 and lines == [sys.executable, str(tmp_path.resolve()), "rings"]
     assert "inline" in backend
-
-
-def test_log_of_compiled_libraries_is_not_kept(write_notebook):
-    path = write_notebook("import os\nn = os.write(2, b'noise'), os.write(1, b'noise')")
-    assert notebook.main([str(path)]) == 0
-    assert not code_cells(path)[0].outputs
 
 
 def test_error_leaves_the_file_as_it_was(write_notebook, capsys):
@@ -140,9 +126,8 @@ def test_file_that_cannot_be_replaced_is_found_out_before_the_first_cell(write_n
     path = write_notebook("print('never')")
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
     fail(path)
-    printed = capsys.readouterr()
     reason = f"{path} cannot be written: Read-only file system"
-    assert (printed.out, printed.err) == ("", f"{path} is left as it was: {reason}\n")
+    assert capsys.readouterr() == ("", f"{path} is left as it was: {reason}\n")
 
 
 def test_letters_that_the_terminal_does_not_have_are_replaced(write_notebook):
@@ -164,9 +149,7 @@ def test_interrupt_stops_the_kernel_and_leaves_the_file_as_it_was(write_notebook
             assert process.poll() is None
         process.send_signal(signal_number)
         _, error = process.communicate(timeout=30)
-
-    assert process.returncode == 130
-    assert error == f"\nInterrupted; {path} is left as it was.\n"
+    assert (process.returncode, error) == (130, f"\nInterrupted; {path} is left as it was.\n")
     assert path.read_bytes() == before
 
 
@@ -182,16 +165,12 @@ def test_path_without_a_notebook_ends_with_status_2(tmp_path, capsys, content):
     assert f"cannot read {path} as a notebook: " in error and ("No such file" in error) == (content is None)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_terminal_rewrites_one_line(write_notebook, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    terminal = Terminal()
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     with contextlib.redirect_stdout(terminal):
-        assert notebook.main([str(write_notebook(TRAINING))]) == 0
+        execute(write_notebook(TRAINING))
     progress = terminal.getvalue().split("\n")[2].split("\r\x1b[K")
     assert progress[1] == "    epoch 1/3, gen_loss 0.123, 2 s t..."
     assert len(progress) == 5

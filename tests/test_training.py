@@ -1,70 +1,65 @@
 """Interruptions, the order of the data, files and networks of one's own."""
 
 import contextlib
-import io
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-import resumable_run
 import tensorflow as tf
 from keras.callbacks import BackupAndRestore, Callback, ModelCheckpoint
-from keras.optimizers import SGD, Adam
-from small_models import assert_equal_arrays, normal
+from keras.optimizers import SGD, Adam, RMSprop
+from keras.optimizers.schedules import CosineDecay
+from small_models import (
+    assert_equal_arrays,
+    assert_equal_states,
+    compiled,
+    ddes_of,
+    dense_net,
+    differ,
+    make_dde,
+    make_egm,
+    normal,
+    state,
+    trained_parts,
+    values_of,
+)
 
 from egm_dde.batches import Position, make_batches
 from egm_dde.visualization import write_gif
-from energy_models import DDE, EGM, build_energy_net, build_generator
+from energy_models import DDE, EGM
 
 KINDS = ["DDE", "EGM"]
 NUM_POINTS, BATCH_SIZE, EPOCHS = 22, 4, 4  # the last of the 6 batches of an epoch is smaller
+X = normal(NUM_POINTS, 3)
 
 
-def make_model(kind, noise_std=(0.2, 1.5), seed=3, accumulation=None, **options):
-    """Make a small compiled model."""
-
-    def make_dde(net_seed):
-        net = build_energy_net(2, isinstance(noise_std, tuple), (6,), num_features=4, seed=net_seed)
-        return DDE(net, noise_std, seed=seed)
-
-    if kind == "DDE":
-        model = make_dde(1)
-    else:
-        generator = build_generator(widths=(6,), num_features=4, seed=3)
-        model = EGM(make_dde(1), make_dde(2), generator, dde_steps=1, seed=seed)
-    optimizer = Adam(0.01, gradient_accumulation_steps=accumulation)
-    model.compile(*[optimizer] * (1 if kind == "DDE" else 2), **options)
-    return model
-
-
-def state(model):
-    """All that a training step changes: weights of networks and of optimizers."""
-    models = [model] if isinstance(model, DDE) else [model, model.dde_real, model.dde_fake]
-    variables = [*model.weights, *(variable for each in models for variable in each.optimizer.variables)]
-    return [keras.ops.convert_to_numpy(variable) for variable in variables]
-
-
-def assert_equal_states(one, *others):
-    for other in others:
-        assert len(state(one)) == len(state(other))
-        assert_equal_arrays(state(one), state(other))
+def make_model(kind, seed=3, **options):
+    model = make_egm("range", dde_steps=1, seed=seed) if kind == "EGM" else make_dde("range", seed=seed)
+    accumulation = 4 if kind == "accumulating DDE" else None
+    return compiled(model, lambda: Adam(0.01, gradient_accumulation_steps=accumulation), **options)
 
 
 class Batches(keras.utils.PyDataset):
-    """Slices of the points."""
+    """Slices of points."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
 
     def __len__(self):
-        return -(-NUM_POINTS // BATCH_SIZE)
+        return -(-len(self.x) // BATCH_SIZE)
 
     def __getitem__(self, index):
-        return (normal(NUM_POINTS, 2)[index * BATCH_SIZE : (index + 1) * BATCH_SIZE],)
+        return (self.x[index * BATCH_SIZE :][:BATCH_SIZE],)
 
 
 class Interrupt(Callback):
@@ -86,16 +81,16 @@ def slowly(*cases):
 
 
 def shuffled_dataset():
-    return tf.data.Dataset.from_tensor_slices(normal(NUM_POINTS, 2)).shuffle(NUM_POINTS, seed=5)
+    return tf.data.Dataset.from_tensor_slices(X).shuffle(NUM_POINTS, seed=5)
 
 
 DATA = {
-    "array": lambda: (normal(NUM_POINTS, 2), {"batch_size": BATCH_SIZE}),
-    "array in order": lambda: (normal(NUM_POINTS, 2), {"batch_size": BATCH_SIZE, "shuffle": False}),
-    "array in parts": lambda: (normal(NUM_POINTS, 2), {"batch_size": BATCH_SIZE, "steps_per_epoch": 4}),
+    "array": lambda: (X, {"batch_size": BATCH_SIZE}),
+    "array in order": lambda: (X, {"batch_size": BATCH_SIZE, "shuffle": False}),
+    "array in parts": lambda: (X, {"batch_size": BATCH_SIZE, "steps_per_epoch": 4}),
     "dataset": lambda: (shuffled_dataset().batch(BATCH_SIZE), {}),
     "endless dataset": lambda: (shuffled_dataset().repeat().batch(BATCH_SIZE), {"steps_per_epoch": 5}),
-    "PyDataset in order": lambda: (Batches(), {"shuffle": False}),
+    "PyDataset in order": lambda: (Batches(X), {"shuffle": False}),
 }
 
 
@@ -130,10 +125,10 @@ def assert_ends_like(expected, model, history, first_epoch):
     assert_equal_states(expected_model, model)
 
 
-CASES = [*(("DDE", data_kind) for data_kind in DATA), ("EGM", "array")]
+CASES = [*(("DDE", data_kind) for data_kind in DATA), ("EGM", "array"), ("accumulating DDE", "array")]
 
 
-@pytest.mark.parametrize(("kind", "data_kind"), [CASES[0], *slowly(*CASES[1:])])
+@pytest.mark.parametrize(("kind", "data_kind"), [CASES[0], *slowly(*CASES[1:-1]), CASES[-1]])
 def test_restored_training_goes_on_as_if_nothing_had_happened(kind, data_kind, uninterrupted, tmp_path):
     for num_batches in (9, 5):  # each time in the middle of an epoch, after another one
         with pytest.raises(KeyboardInterrupt):
@@ -142,16 +137,6 @@ def test_restored_training_goes_on_as_if_nothing_had_happened(kind, data_kind, u
     history = fit(model, data_kind, BackupAndRestore(tmp_path / "backup"))
     first_epoch = 3 if data_kind == "array in parts" else 2 if data_kind == "endless dataset" else 1
     assert_ends_like(uninterrupted(kind, data_kind), model, history, first_epoch)
-
-
-def test_restored_training_goes_on_with_the_gradients_that_it_had_accumulated(tmp_path):
-    expected = make_model("DDE", accumulation=4)
-    history = fit(expected, "array")
-    for num_batches in (9, 5):  # four batches a step, and six an epoch
-        with pytest.raises(KeyboardInterrupt):
-            fit(make_model("DDE", accumulation=4), "array", BackupAndRestore(tmp_path), Interrupt(num_batches))
-    model = make_model("DDE", accumulation=4)
-    assert_ends_like((expected, history.history), model, fit(model, "array", BackupAndRestore(tmp_path)), 1)
 
 
 @pytest.mark.parametrize(
@@ -189,34 +174,47 @@ def test_training_again_in_one_process_starts_at_the_first_epoch(tmp_path):
         assert fit(model, "array", initial_epoch=first_epoch).epoch == [*range(first_epoch, EPOCHS)]
 
 
+class KillWhileSaving(Callback):
+    """Kills the process when it has written half of its second backup."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        def write_half(path, data):
+            with open(path, "wb") as file:
+                file.write(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if epoch > 0:
+            Path.write_bytes = write_half
+
+
+def train_until_killed(folder):
+    fit(make_model("EGM"), "array", KillWhileSaving(), BackupAndRestore(folder))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["within an epoch", "while saving"])
-def test_killed_training_goes_on_as_if_nothing_had_happened(how, tmp_path):
-    program = Path(__file__).with_name("resumable_run.py")
-    for each in (how, "not"):
-        process = subprocess.run([sys.executable, program, tmp_path, each], capture_output=True, timeout=300)
-        assert process.returncode == (0 if each == "not" else -signal.SIGKILL), process.stderr.decode()
-    result = np.load(tmp_path / "result.npz")
-    history, expected_state = resumable_run.train()
-    assert result["epochs"].tolist() == [*range(1, resumable_run.EPOCHS)]
-    for name, values in history.history.items():
-        assert result[name].tolist() == values[1:]
-    assert_equal_arrays([result[f"arr_{index}"] for index in range(len(expected_state))], expected_state)
+def test_training_killed_while_it_saves_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    program = "import sys, test_training; test_training.train_until_killed(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
+    process = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    model = make_model("EGM")
+    assert_ends_like(uninterrupted("EGM", "array"), model, fit(model, "array", BackupAndRestore(tmp_path)), 1)
 
 
 @pytest.mark.parametrize("kind", ["DDE", *slowly("EGM")])
 def test_a_loop_written_by_hand_repeats_itself_and_fit(kind, tmp_path):
-    fitted, by_hand, loaded = (make_model(kind) for _ in range(3))
-    x = normal(20, 2)  # batches of one size: graphs for others may round otherwise, and so may that of fit
+    fitted, by_hand, restored = (make_model(kind) for _ in range(3))
+    x = normal(20, 3)  # batches of one size: graphs for others may round otherwise, and so may that of fit
     fitted.fit(x, batch_size=4, shuffle=False, epochs=2, verbose=0)
     for step in range(10):
         if step == 5:
-            loaded.save(tmp_path / "model.keras")
-            loaded = keras.saving.load_model(tmp_path / "model.keras")
+            restored.save_weights(tmp_path / "model.weights.h5")
+            restored = make_model(kind)
+            restored.load_weights(tmp_path / "model.weights.h5")
         batch = x[step % 5 * 4 :][:4]
         by_hand.train_on_batch(batch)
-        loaded.train_on_batch(batch)
-    assert_equal_states(by_hand, loaded)
+        restored.train_on_batch(batch)
+    assert_equal_states(by_hand, restored)
     for one, other in zip(state(by_hand), state(fitted), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
@@ -224,42 +222,49 @@ def test_a_loop_written_by_hand_repeats_itself_and_fit(kind, tmp_path):
 # ---------------------------------------------------------------------------------------------- the order of arrays
 
 
-def record_batches(model):
-    """Keep the first coordinates of the points of each training step; the model has to run eagerly."""
-    batches = []
+def four_passes(data_kind, epochs, seed=3):
+    """Give the first coordinates of the points in four passes, made by calling fit twice."""
+    model, batches = make_model("DDE", seed=seed, run_eagerly=True), []
 
     def recording(x, *arguments, **options):
         batches.append(x.numpy()[:, 0])
         return tf.add_n([tf.reduce_sum(variable) for variable in model.trainable_variables])  # quick, and of no matter
 
     model.denoising_loss = recording
-    return batches
+    for _ in range(2):
+        fit(model, data_kind, epochs=epochs)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2] * 4
+    return np.split(np.concatenate(batches), 4)
 
 
 def test_each_point_is_seen_once_in_a_pass_and_each_pass_has_an_order_of_its_own():
-    orders = {}
-    for name, seed in (("first", 3), ("again", 3), ("other seed", 4)):
+    orders = []
+    for data_kind, epochs, seed in (("array", 2, 3), ("array", 2, 3), ("array in parts", 3, 3), ("array", 2, 4)):
         keras.utils.set_random_seed(len(orders))  # global seeds must not matter
-        model = make_model("DDE", seed=seed, run_eagerly=True)
-        batches = record_batches(model)
-        for _ in range(2):  # fit may be called again and again
-            fit(model, "array", epochs=2)
-        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2] * 4
-        passes = np.split(np.concatenate(batches), 4)
-        for one in passes:
-            np.testing.assert_array_equal(np.sort(one), np.sort(normal(NUM_POINTS, 2)[:, 0]))
-        assert len({tuple(one) for one in passes}) == 4
-        orders[name] = np.concatenate(passes)
-    np.testing.assert_array_equal(orders["first"], orders["again"])
-    assert (orders["first"] != orders["other seed"]).any()
+        orders.append(four_passes(data_kind, epochs, seed))
+        for one in orders[-1]:
+            np.testing.assert_array_equal(np.sort(one), np.sort(X[:, 0]))
+        assert len({tuple(one) for one in orders[-1]}) == 4
+    first, again, in_parts, other_seed = orders
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, in_parts)  # an epoch of any length begins where the last one stopped
+    assert differ(first, other_seed)
 
 
-def test_epochs_of_any_length_go_through_the_data_again_and_again():
-    model = make_model("DDE", run_eagerly=True)
-    batches = record_batches(model)
-    fit(model, "array in parts", epochs=3)  # 6 batches a pass, 4 steps an epoch
-    first, second = np.split(np.concatenate(batches), 2)
-    assert sorted(first) == sorted(second) == sorted(normal(NUM_POINTS, 2)[:, 0])
+@pytest.mark.parametrize("kind", ["DDE", *slowly("EGM")])
+def test_training_is_a_function_of_the_seed_and_the_batches(kind):
+    x, results = X[:10], []
+    dataset = tf.data.Dataset.from_tensor_slices(x).batch(BATCH_SIZE)
+    for data in (x, x.astype(np.float64), tf.constant(x), dataset, Batches(x), x):
+        model = make_model(kind, seed=3 if len(results) < 5 else 4, run_eagerly=True)
+        history = model.fit(data, batch_size=BATCH_SIZE, epochs=2, shuffle=False, verbose=0).history
+        results.append([*history.values(), *model.get_weights()])
+    *results, other_seed = results
+    for result in results:
+        assert_equal_arrays(results[0], result)
+    assert differ(results[0], other_seed)
+    evaluations = [model.evaluate(data, verbose=0) for data in (dataset, Batches(x))]
+    assert evaluations[0] == evaluations[1]
 
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
@@ -268,23 +273,13 @@ def test_data_are_tuned_only_where_that_is_asked_for(is_asked_for):
     options = tf.data.Options()
     if is_asked_for:
         options.autotune.enabled = True
-    model, x = make_model("DDE"), normal(4, 2)
+    model, x = make_model("DDE"), normal(4, 3)
     dataset = tf.data.Dataset.from_tensors(x).with_options(options)
     for batches, expected in (
         (Position(model, 0).continue_dataset(dataset, 1)[0], is_asked_for),
         (make_batches(model, x, 2, True, None)[0], False),
     ):
         assert batches.options().autotune.enabled is expected
-
-
-# Less than a batch, and more than are put in order in one go.
-@pytest.mark.parametrize("num_points", [1, *slowly(256), 258])
-def test_arrays_without_shuffle_stay_in_order(num_points):
-    model = make_model("DDE", run_eagerly=True)
-    batches = record_batches(model)
-    x = normal(num_points, 2)
-    model.fit(x, batch_size=2, shuffle=False, verbose=0)
-    np.testing.assert_array_equal(np.concatenate(batches), x[:, 0])
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -328,9 +323,9 @@ def test_a_full_disk_leaves_the_old_file(name, tmp_path):
         with full_disk(num_bytes), pytest.raises((OSError, RuntimeError, tf.errors.OpError)):
             WRITERS[name](model, path)
     assert contents(path) == before
-    assert [each.name for each in tmp_path.iterdir()] == [name]
     WRITERS[name](model, path)
     assert (contents(path) != before) == (name != "picture.gif")
+    assert [each.name for each in tmp_path.iterdir()] == [name]
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -340,97 +335,122 @@ def test_missing_files_and_folders_are_named(tmp_path):
         EGM.load(tmp_path / "nothing.keras")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_loaded_model_goes_on_like_the_saved_one(kind, tmp_path):
-    model, restored = make_model(kind), make_model(kind)
-    fit(model, "array", epochs=1)
-    model.save(tmp_path / "model.keras")
-    model.save_weights(tmp_path / "model.weights.h5")
-    loaded = type(model).load(tmp_path / "model.keras")
-    restored.load_weights(tmp_path / "model.weights.h5")
-    assert_equal_states(model, loaded, restored)
-    for each in (model, loaded, restored):
-        fit(each, "array", initial_epoch=1, epochs=2)
-    assert_equal_states(model, loaded, restored)
-
-
 @keras.saving.register_keras_serializable("tests")
-class OwnEnergyNet(keras.Model):
-    """A network written as a class: an autoencoder's squared error, negated."""
+class OwnGenerator(keras.Model):
+    """A generator written as a class."""
 
     def __init__(self, width=5, **kwargs):
         super().__init__(**kwargs)
         self.width = width
-        self.hidden = keras.layers.Dense(width, "tanh")
-        self.out = keras.layers.Dense(2)
+        self.hidden, self.out = keras.layers.Dense(width, "tanh"), keras.layers.Dense(3)
 
-    def call(self, inputs):
-        x, log_noise_std = inputs if isinstance(inputs, (list, tuple)) else (inputs, None)
-        given = x if log_noise_std is None else keras.ops.concatenate([x, log_noise_std], axis=-1)
-        return -keras.ops.sum(keras.ops.square(x - self.out(self.hidden(given))), axis=-1, keepdims=True)
+    def call(self, z):
+        return self.out(self.hidden(z))
 
     def get_config(self):
         return {**super().get_config(), "width": self.width}
 
 
 @keras.saving.register_keras_serializable("tests")
-class OwnGenerator(keras.Model):
-    """A generator written as a class."""
+class OwnEnergyNet(OwnGenerator):
+    """An energy network written as a class: an autoencoder's squared error, negated."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.hidden = keras.layers.Dense(5, "relu")
-        self.out = keras.layers.Dense(2)
-
-    def call(self, z):
-        return self.out(self.hidden(z))
+    def call(self, inputs):
+        x, *level = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        error = x - super().call(keras.ops.concatenate([x, *level], axis=-1))
+        return -keras.ops.sum(keras.ops.square(error), axis=-1, keepdims=True)
 
 
-def sequential(*layers):
-    return keras.Sequential([keras.Input((2,)), *layers])
+def own_classes(kind):
+    """An EGM whose networks are classes of one's own."""
+    point, level = np.zeros((1, 3)), np.zeros((1, 1))
+    real, fake, generator = OwnEnergyNet(), OwnEnergyNet(width=4), OwnGenerator()
+    generator(point)
+    for net in (real, fake):
+        net([point, level] if kind == "range" else point)
+    return make_egm(kind, dde_real=make_dde(kind, real), dde_fake=make_dde(kind, fake), generator=generator)
 
 
-def own_networks(kind, in_range):
-    """Two energy networks and a generator of a kind of their own."""
-    if kind == "sequential":
-        nets = [sequential(keras.layers.Dense(5, "silu"), keras.layers.Dense(1, use_bias=False)) for _ in range(2)]
-        return *nets, sequential(keras.layers.Dense(5, "relu"), keras.layers.Dense(2))
-    if kind == "functional":
-        return build_energy_net(2, in_range, (5,)), build_energy_net(2, in_range, (5,), seed=1), build_generator()
-    nets, generator = [OwnEnergyNet(), OwnEnergyNet(width=4)], OwnGenerator()
-    for net in nets:
-        net([np.zeros((1, 2)), np.zeros((1, 1))] if in_range else np.zeros((1, 2)))
-    generator(np.zeros((1, 3)))
-    return *nets, generator
+def trained_ddes():
+    """An EGM that was never compiled, of DDEs that were trained before."""
+    egm = make_egm()
+    for dde in ddes_of(egm):
+        compiled(dde, lambda: Adam(0.01), run_eagerly=True).fit(X, verbose=0)
+    return egm
 
 
-@pytest.mark.parametrize("in_range", [False, True], ids=["one level", "range"])
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sequential", "functional", "subclass"])
-def test_own_networks_train_and_are_saved(kind, in_range, tmp_path):
-    if kind == "sequential" and in_range:
-        pytest.skip("a Sequential network has one input")
-    noise_std = (0.2, 1.5) if in_range else 0.3
-    real, fake, generator = own_networks(kind, in_range)
-    egm = EGM(DDE(real, noise_std, seed=1), DDE(fake, noise_std, seed=2), generator, dde_steps=1, seed=3)
-    egm.compile(Adam(0.01), SGD(0.01))
-    trained = [egm.dde_real, egm.dde_fake, egm.generator]
-    before = [[weight.numpy() for weight in net.trainable_weights] for net in trained]
-    egm.fit(normal(10, 2), batch_size=4, verbose=0)
-    for net, old_weights in zip(trained, before, strict=True):
-        assert all(
-            (weight.numpy() != old).any() for weight, old in zip(net.trainable_weights, old_weights, strict=True)
-        )
-    egm.save(tmp_path / "egm.keras")
-    loaded = EGM.load(tmp_path / "egm.keras")
-    assert_equal_states(egm, loaded)
-    for each in (egm, loaded):
-        each.fit(normal(10, 2), batch_size=4, verbose=0)
-    assert_equal_states(egm, loaded)
-    np.testing.assert_array_equal(egm.sample(5, seed=0), loaded.sample(5, seed=0))
-    x = normal(7, 2)
-    np.testing.assert_array_equal(egm.dde_real.log_density(x), loaded.dde_real.log_density(x))
+def frozen_dde():
+    """An EGM of Sequential networks, one of which is not trained."""
+    ddes = [make_dde(net=dense_net(1, seed=seed)) for seed in (0, 1)]
+    ddes[0].trainable = False
+    egm = make_egm(dde_real=ddes[0], dde_fake=ddes[1], generator=dense_net(3))
+    return compiled(egm, lambda: Adam(0.01), run_eagerly=True)
+
+
+def cosine_adam():
+    return Adam(CosineDecay(0.01, 50), beta_1=0.3)
+
+
+def three_optimizers():
+    """A compiled EGM with options that nobody would make defaults."""
+    options = {"dde_steps": 3, "real_steps": 2, "latents_per_point": 4, "average_decay": 0.123, "level_power": 1.7}
+    egm = make_egm("range", seed=5, **options)
+    egm.compile(RMSprop(0.004, momentum=0.5), cosine_adam(), SGD(0.02, momentum=0.4), steps_per_execution=2)
+    return egm
+
+
+def no_input():
+    net = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(1, use_bias=False)])
+    return compiled(make_dde(net=net), lambda: Adam(0.01), run_eagerly=True)
+
+
+OPTIONS = (
+    "noise_std noise_range dual_weight dde_steps real_steps latents_per_point average_decay level_power seed "
+    "trainable compiled jit_compile steps_per_execution"
+).split()
+SAVED = {
+    "one optimizer": lambda: compiled(make_dde(dual_weight=0.37), cosine_adam, steps_per_execution=2),
+    "three optimizers": three_optimizers,
+    "never compiled": lambda: make_dde("range", dual_weight=0.37, seed=12345),
+    "trained DDEs": trained_ddes,
+    "frozen DDE": frozen_dde,
+    "no Input": no_input,
+    "own classes": lambda: compiled(own_classes("fixed"), lambda: Adam(0.01)),
+    "own classes, range": lambda: compiled(own_classes("range"), lambda: Adam(0.01)),
+}
+
+
+def answers(model):
+    """Samples of a model, and the log densities and scores of its DDEs."""
+    samples = [model.sample(5, seed=0)] if isinstance(model, EGM) else []
+    return [*samples, *(part for dde in ddes_of(model) for part in dde(X))]
+
+
+@pytest.mark.parametrize("kind", [*list(SAVED)[:-2], *slowly(*list(SAVED)[-2:])])
+def test_a_loaded_model_is_the_saved_one_and_goes_on_like_it(kind, tmp_path):
+    model, path, options = SAVED[kind](), tmp_path / "model.keras", {"batch_size": 4, "shuffle": False, "verbose": 0}
+    before = values_of(model.trainable_weights)
+    if model.compiled:
+        model.fit(X[:10], **options)
+        for old, new in zip(before, model.trainable_weights, strict=False):  # without an Input, there were none before
+            assert np.any(old != new)
+    model.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = keras.saving.load_model(path)
+    for saved_part, loaded_part in zip(trained_parts(model), trained_parts(loaded), strict=True):
+        assert type(saved_part) is type(loaded_part)
+        for name in OPTIONS:
+            assert getattr(saved_part, name, None) == getattr(loaded_part, name, None), name
+        if saved_part.compiled:
+            assert type(saved_part.optimizer) is type(loaded_part.optimizer)
+            assert saved_part.optimizer.get_config() == loaded_part.optimizer.get_config()
+    assert_equal_states(model, loaded)
+    assert_equal_arrays(answers(model), answers(loaded))
+    if model.compiled:
+        histories = [each.fit(X[:10], **options).history for each in (model, loaded)]
+        assert histories[0] == histories[1]
+        assert_equal_states(model, loaded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -439,55 +459,49 @@ def test_an_exported_model_serves_what_calling_it_returns(kind, tmp_path):
     model.export(tmp_path / "exported", verbose=False)  # it was never called
     loaded = tf.saved_model.load(tmp_path / "exported")  # owns the variables that serving reads
     for num_points in (1, 5):
-        x = normal(num_points, 2)
+        x = normal(num_points, 3 if kind == "DDE" else 2)
         for expected, given in zip(tf.nest.flatten(model(x)), tf.nest.flatten(loaded.serve(x)), strict=True):
             np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_export_takes_the_options_of_keras(tmp_path):
-    dde = DDE(own_networks("subclass", True)[0], (0.2, 1.5))
-    dde.export(tmp_path / "dde", verbose=False, input_signature=[tf.TensorSpec((3, 2))])
+    own_classes("range").dde_real.export(tmp_path / "dde", verbose=False, input_signature=[tf.TensorSpec((2, 3))])
     loaded = tf.saved_model.load(tmp_path / "dde")
-    assert [tuple(part.shape) for part in loaded.serve(normal(3, 2))] == [(3, 1), (3, 2)]
+    assert [tuple(part.shape) for part in loaded.serve(X[:2])] == [(2, 1), (2, 3)]
     with pytest.raises(ValueError, match="not yet been built"):
         DDE(OwnEnergyNet(), 0.3).export(tmp_path / "unknown")
 
 
-@pytest.fixture(scope="module")
-def whole_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("files") / "dde.keras"
-    make_model("DDE").save(path)
-    return path.read_bytes()
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
 
 
-def zip_file(**entries):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(name.replace("_", "."), content)
-    return buffer.getvalue()
+DAMAGES = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"no model at all",
+    "head": lambda content: content[: len(content) // 2],
+    "half": lambda content: content[len(content) // 2 :],
+    "tail": lambda content: content[:-5],
+    "bit": flip_a_bit,
+}
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "head", "half", "tail", "bit", "foreign", "other"])
-def test_damaged_files_are_refused(damage, whole_file, tmp_path):
-    half = len(whole_file) // 2
-    flipped = bytearray(whole_file)
-    flipped[half] ^= 4
-    path = tmp_path / "damaged.keras"
-    content = {
-        "empty": b"",
-        "text": b"no model at all",
-        "head": whole_file[:half],
-        "half": whole_file[half:],
-        "tail": whole_file[:-5],
-        "bit": bytes(flipped),
-        "foreign": zip_file(a_txt="?"),
-        "other": None,
-    }[damage]
-    if content is None:
-        sequential(keras.layers.Dense(1)).save(path)
-    else:
-        path.write_bytes(content)
-    message = "must be a DDE, got a Sequential" if damage == "other" else r"damaged\.keras is"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused(damage, tmp_path):
+    path = tmp_path / "a.keras"
+    make_dde().save(path)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"a\.keras is (truncated|no whole)"):
+        DDE.load(path)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "a.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "?")
+    with pytest.raises(ValueError, match=r"it has no config\.json and metadata\.json and model\.weights\.h5"):
+        DDE.load(path)
+    dense_net(1).save(path)
+    with pytest.raises(ValueError, match="must be a DDE, got a Sequential"):
         DDE.load(path)

@@ -5,7 +5,6 @@ second strategy in one process would meet those of the first.
 """
 
 import json
-import operator
 import os
 import sys
 import tempfile
@@ -18,27 +17,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.optimizers import SGD, Adam
+from small_models import make_dde, make_egm, normal, values_of
 
 from egm_dde import draws
-from energy_models import DDE, EGM, build_energy_net, build_generator
+from energy_models import EGM
 
 NUM_POINTS, BATCH_SIZE = 203, 50
 DRAW_KEY = draws.draw_key
 
 
-def make_model(kind, noise_std=(0.2, 1.5), gen_learning_rate=0.05):
-    def make_dde(seed):
-        net = build_energy_net(2, isinstance(noise_std, tuple), (8,), num_features=4, seed=seed)
-        return DDE(net, noise_std, seed=5)
-
-    sgd = keras.optimizers.SGD
-    if kind == "DDE":
-        model = make_dde(1)
-        model.compile(sgd(0.05))
+def make_model(model_kind, dde_kind="range", gen_learning_rate=0.05, optimizer=SGD):
+    if model_kind == "DDE":
+        model = make_dde(dde_kind)
+        model.compile(optimizer(0.05))
     else:
-        generator = build_generator(widths=(8,), num_features=4, seed=3)
-        model = EGM(make_dde(1), make_dde(2), generator, dde_steps=1, seed=6)
-        model.compile(sgd(0.05), sgd(gen_learning_rate))
+        model = make_egm(dde_kind, dde_steps=1)
+        model.compile(optimizer(0.05), optimizer(gen_learning_rate))
     return model
 
 
@@ -46,19 +41,17 @@ def largest_difference(arrays, others):
     return max(float(np.abs(np.subtract(array, other)).max()) for array, other in zip(arrays, others, strict=True))
 
 
-def weights_of(*names):
-    """The weights of networks, and with an EGM's generator its averages, without the step counters."""
-    parts = [operator.attrgetter(name) for name in names]
-    return lambda model: [weight for part in parts for weight in part(model).get_weights()] + [
-        average.numpy() for average in getattr(model, "averages", ()) if "generator" in names
-    ]
+def weights_of(model, names):
+    """The weights of networks, and with the generator its averages, without the step counters."""
+    averages = values_of(model.averages) if "generator" in names else []
+    return [weight for name in names for weight in model.networks[name].get_weights()] + averages
 
 
-def compare_step(strategy, x, weights, kind, *options):
+def compare_step(strategy, x, names, *options):
     """Difference of a step from the mean of the steps that each device alone would take on its half of the batch."""
     with strategy.scope():
-        model = make_model(kind, *options)
-    start = weights(model)
+        model = make_model(*options)
+    start = weights_of(model, names)
     logs = model.fit(x[:BATCH_SIZE], batch_size=BATCH_SIZE, shuffle=False, verbose=0).history
     ends, losses = [], []
     for replica, half in enumerate(np.split(x[:BATCH_SIZE], 2)):
@@ -67,14 +60,14 @@ def compare_step(strategy, x, weights, kind, *options):
             return tf.random.fold_in(DRAW_KEY(*purpose), tf.constant(replica, tf.int64), alg="philox")
 
         with mock.patch.object(draws, "draw_key", draw_key):
-            alone = make_model(kind, *options)
+            alone = make_model(*options)
             losses.append(alone.train_on_batch(half, return_dict=True))
-        ends.append(weights(alone))
-    name = "loss" if kind == "DDE" else "loss_dde_real"
+        ends.append(weights_of(alone, names))
+    name, end = "loss" if "loss" in logs else "loss_dde_real", weights_of(model, names)
     return {
-        "moved": largest_difference(start, weights(model)),
+        "moved": largest_difference(start, end),
         "replicas": largest_difference(*ends),
-        "weights": largest_difference(weights(model), [np.mean(pair, 0) for pair in zip(*ends, strict=True)]),
+        "weights": largest_difference(end, [np.mean(pair, 0) for pair in zip(*ends, strict=True)]),
         "losses": abs(logs[name][0] - np.mean([each[name] for each in losses])),
     }
 
@@ -82,13 +75,13 @@ def compare_step(strategy, x, weights, kind, *options):
 def compare_replicas(strategy, x):
     """Largest difference of the weights between the devices after training."""
     with strategy.scope():
-        model = make_model("EGM")
-    start = model.get_weights()
+        model = make_model("EGM", optimizer=Adam)
+    start = values_of(model.trainable_weights)
     model.fit(x, batch_size=BATCH_SIZE, epochs=3, verbose=0)
     copies = strategy.run(lambda: [tf.identity(weight) for weight in model.weights])  # and the step counters
     copies = [[part.numpy() for part in strategy.experimental_local_results(copy)] for copy in copies]
     return {
-        "moved": largest_difference(start, model.get_weights()),
+        "moved": largest_difference(start, values_of(model.trainable_weights)),
         "difference": largest_difference(*zip(*copies, strict=True)),
         "steps": model.num_steps,
         "evaluation": np.isfinite(list(model.evaluate(x, return_dict=True, verbose=0).values())).all().item(),
@@ -105,7 +98,7 @@ def resume(strategy, x):
 
     def make():
         with strategy.scope():
-            return make_model("EGM")
+            return make_model("EGM", optimizer=Adam)
 
     options = {"batch_size": BATCH_SIZE, "epochs": 3, "verbose": 0}
     expected = make()
@@ -150,35 +143,19 @@ def refuse(strategy, x):
     return {"messages": messages, "finite": all(np.isfinite(weight).all().item() for weight in model.get_weights())}
 
 
-def learn_gaussian(strategy):
-    """Share of the score of a Gaussian that a DDE gets wrong, trained on one device and on two."""
-    covariance = np.array([[1.0, 0.6], [0.6, 0.8]])
-    x = np.random.default_rng(1).multivariate_normal([0.0, 0.0], covariance, 20_000).astype(np.float32)
-    exact = -x @ np.linalg.inv(covariance + 0.3**2 * np.eye(2))
-    errors = []
-    for scope in (tf.distribute.get_strategy().scope(), strategy.scope()):
-        with scope:
-            dde = DDE(build_energy_net(2, False, (32, 32), seed=0), 0.3, seed=1)
-            dde.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(5e-3, 500)))
-        dde.fit(x, batch_size=1000, epochs=25, verbose=0)
-        errors.append(float(np.mean((dde.score(x) - exact) ** 2) / np.mean(exact**2)))
-    return errors
-
-
 if __name__ == "__main__":
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    x = np.random.default_rng(0).standard_normal((NUM_POINTS, 2)).astype(np.float32)
+    x = normal(NUM_POINTS, 3)
     cases = {
-        "DDE": lambda: compare_step(strategy, x, weights_of("net"), "DDE"),
-        "DDE of one level": lambda: compare_step(strategy, x, weights_of("net"), "DDE", 0.3),
-        "EGM": lambda: compare_step(strategy, x, weights_of("dde_real.net", "generator"), "EGM"),
-        "dde_fake": lambda: compare_step(strategy, x, weights_of("dde_fake.net"), "EGM", (0.2, 1.5), 0.0),
+        "DDE": lambda: compare_step(strategy, x, ["net"], "DDE"),
+        "DDE of one level": lambda: compare_step(strategy, x, ["net"], "DDE", "fixed"),
+        "EGM": lambda: compare_step(strategy, x, ["dde_real", "generator"], "EGM"),
+        "dde_fake": lambda: compare_step(strategy, x, ["dde_fake"], "EGM", "range", 0.0),
         "replicas": lambda: compare_replicas(strategy, x),
         "resumed": lambda: resume(strategy, x),
         "refused": lambda: refuse(strategy, x),
-        "gaussian": lambda: learn_gaussian(strategy),
     }
     results = {case: cases[case]() for case in sys.argv[1:]}
     print(json.dumps(results))
