@@ -107,8 +107,7 @@ class Position(keras.callbacks.Callback):
                 raise
             return np.int64(0)
 
-        points = [points_of(batch)]
-        look = tf.cond(index == 0, lambda: tf.numpy_function(check, points, tf.int64), lambda: index)
+        look = tf.cond(index == 0, lambda: tf.numpy_function(check, [points_of(batch)], tf.int64), lambda: index)
         with tf.control_dependencies([look]):
             return tf.nest.map_structure(tf.identity, batch)
 

@@ -39,7 +39,8 @@ def check_writable(path):
     """Raise OSError unless ``replacing`` can write a file: replace it by its copy. Missing folders are made."""
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
         with replacing(path) as temporary:
             if path.exists():
                 shutil.copyfile(path, temporary)

@@ -116,6 +116,11 @@ def test_noise_is_a_function_of_the_key():
     assert_equal_arrays(first, second)
     for drawn, another in zip(first[1:], other[1:], strict=True):  # noise and levels
         assert not np.isin(drawn, another).any()
+    drawn = [ddes[0].add_noise(x[:1], np.array([3, step])) for step in range(200)]
+    norms, levels = zip(
+        *((np.linalg.norm(noise), float(noise_std[0, 0])) for _, noise, noise_std in drawn), strict=True
+    )
+    assert abs(stats.spearmanr(norms, levels).statistic) < 0.3  # they do not come from the same bits
 
 
 # --- Samples ---

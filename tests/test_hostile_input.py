@@ -12,7 +12,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 from keras.optimizers import SGD, Adam
 from small_models import assert_equal_arrays, differ, normal
-from test_energy_models import Batches
+from test_training import Batches
 
 from egm_dde.checks import check_points
 from energy_models import DDE, EGM, build_energy_net, build_generator
@@ -110,7 +110,7 @@ CONTAINERS = {
     "dataset": lambda x: tf.data.Dataset.from_tensor_slices(x).batch(3),
     "dataset of unknown length": lambda x: tf.data.Dataset.from_tensor_slices(x).filter(lambda _: True).batch(3),
     "dataset of pairs": lambda x: tf.data.Dataset.from_tensor_slices((x, x)).batch(3),
-    "PyDataset": lambda x: Batches(x, 3),
+    "PyDataset": Batches,
     "generator": lambda x: ((batch,) for batch in np.split(x, 2)),
 }
 
