@@ -144,9 +144,10 @@ def test_short_images_with_backup(tmp_path):
 def test_short_images_from_local_files(tmp_path, dataset):
     write_faces(tmp_path / "data")
     write_mnist(tmp_path / "data")
-    notebook = run(
-        tmp_path, "images", STEPS=1, DENSITY_STEPS=1, DATASET=dataset, DATA_DIR=tmp_path / "data", STRATEGY="mirrored"
-    )
+    # After one step, the densities of stacks have too little in common to correct anything.
+    change = ("correction = {", "correction = {} and {") if dataset == "stacked_mnist" else ("", "")
+    settings = {"DATASET": dataset, "DATA_DIR": tmp_path / "data", "STRATEGY": "mirrored"}
+    notebook = run(tmp_path, "images", change=change, STEPS=1, DENSITY_STEPS=1, **settings)
     check_outputs(notebook)
     egm = EGM.load(tmp_path / "examples" / "example_images" / f"{dataset}.keras")
     assert egm.sample(2, seed=0).shape == ((2, 32, 32, 3) if dataset == "celeba" else (2, 28, 28, 3))

@@ -131,7 +131,7 @@ def test_annealed_langevin_gives_each_of_8_gaussians_its_share():
 
 
 def test_annealed_langevin_follows_its_recursion_on_a_gaussian():
-    centre, clean, ratio = np.array([0.4, 0.0]), np.array([0.25, 4.0]), 0.3
+    centre, clean, ratio = np.array([0.4, 0.0]), np.array([0.25, 16.0]), 0.3
     dde = exact_dde((0.5, 2.0), [centre], np.diag(clean))
     offset, variance = -centre, np.full(2, 2 * 2.0**2)
     for level, next_level in itertools.pairwise([*np.geomspace(2.0, 0.5, 4), 0.0]):
@@ -161,7 +161,7 @@ def two_modes(noise_std, left, offset=OFFSET):
 
 
 JUDGED_APART = {"noise_std": 0.3, "rejection_std": 0.5}
-CORRECTIONS = [(0.2, {}), ((0.1, 1.0), {"noise_std": 0.2}), ((0.05, 1.0), JUDGED_APART)]
+CORRECTIONS = [(0.4, {}), ((0.1, 1.0), {"noise_std": 0.2}), ((0.05, 1.0), JUDGED_APART)]
 CORRECTIONS.append(((0.05, 1.0), {**JUDGED_APART, "denoise_std": 0.2}))
 
 
@@ -174,7 +174,7 @@ def test_corrected_points_have_the_density_that_both_reach(noise_std, options):
     is_left = x[:, 0] < 0
     assert abs(is_left.mean() - 0.5 / 0.7) < 4.5 * np.sqrt(0.2 / len(x))
     # A step of the flow on a Gaussian multiplies the distance from its mean.
-    level, clean = options.get("noise_std", 0.2), STD**2
+    level, clean = options.get("noise_std", 0.4), STD**2
     noisy, halfway = clean + level**2, clean + level**2 / 2
     is_midpoint = isinstance(noise_std, tuple)
     factor = 1 - level**2 / 2 * ((1 - level**2 / 4 / noisy) / halfway if is_midpoint else 1 / noisy)
@@ -188,10 +188,21 @@ def test_as_many_corrected_points_come_as_were_asked_for():
     sample = Mock(side_effect=partial(draw_data, fake))
     x = correct(sample, 10_000, real, fake, seed=2)
     assert x.shape == (10_000, 2)
-    # A fifth is kept, and the constant is that of all points, be they drawn in one go or in several.
-    sizes = [call.args[0] for call in sample.call_args_list]
-    assert sizes[0] == 11_000 and sum(sizes) > 45_000
     assert abs(np.mean(x[:, 0] < 0) - 0.5) < 4.5 * np.sqrt(0.25 / len(x))
+    sizes, seeds = zip(*((call.args[0], call.kwargs["seed"]) for call in sample.call_args_list), strict=True)
+    assert sizes[0] == 11_000 and sum(sizes) > 45_000 and len(set(seeds)) == len(seeds)  # a fifth is kept
+
+
+def test_the_constant_of_the_rejection_is_that_of_all_points():
+    # The ratio is 9 on the left, where half of the first points are, and 1/9 on the right, where all others are.
+    sizes, modes = [], np.array(FAR_APART)
+
+    def sample(n, seed):
+        sizes.append(n)
+        return np.repeat(modes, [n // 2, n - n // 2], axis=0) if len(sizes) == 1 else np.repeat(modes[1:], n, axis=0)
+
+    correct(sample, 10_000, two_modes((0.1, 1.0), 0.9), two_modes((0.1, 1.0), 0.1), seed=2)
+    assert 49_000 < sum(sizes) < 55_000  # 10,000 for the constant of the last part, 190,000 for that of the first
 
 
 def test_densities_that_have_nothing_in_common_correct_nothing():
@@ -247,6 +258,16 @@ def test_annealing_goes_where_the_score_leads():
     result = log_partition(dde, data, n_samples=2000, seed=7)
     assert_estimates(result)
     assert result.effective_sample_size > 1300  # a wrong sign leaves 150, a transposed factor 570
+
+
+def test_steps_adapt_to_a_density_narrower_than_the_data():
+    dde = exact_dde(0.1, [np.zeros(8)], 0.01 * np.eye(8))
+    estimate = partial(log_partition, dde, 0.3 * normal(1000, 8), seed=1)
+    result = estimate(n_samples=2000, num_steps=100)
+    assert_estimates(result)
+    assert result.effective_sample_size > 800  # it is 110 if all steps have the size that is best at first
+    with pytest.warns(UserWarning, match=r"size of \d{3}\."):  # more than 100, but less than a tenth
+        assert not estimate(n_samples=5000, num_steps=20).is_reliable
 
 
 @pytest.mark.slow

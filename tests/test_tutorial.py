@@ -33,11 +33,11 @@ def copy_modules(folder):
         shutil.copy(path, folder / path.relative_to(ROOT))
 
 
-def execute_copy(folder, path, **settings):
-    """Execute a notebook, with settings, in a copy of the project; return it."""
+def execute_copy(folder, path, change=("", ""), **settings):
+    """Execute a notebook, with settings and one change of its text, in a copy of the project; return it."""
     copy_modules(folder)
     copy = folder / path.relative_to(ROOT)
-    shutil.copy(path, copy)
+    copy.write_text(path.read_text(encoding="utf-8").replace(*change), encoding="utf-8")
     with pytest.MonkeyPatch.context() as environment:
         for setting, value in settings.items():
             environment.setenv(setting, str(value))
