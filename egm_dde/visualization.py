@@ -59,7 +59,7 @@ def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
         samples.append(check_points("generated_samples", generated_samples, (2,), "float64"))
     kinds = ((BLUE, "real"), (VERMILION, "generated"))
     artists = [_plot_points(ax, points, *kind) for points, kind in zip(samples, kinds, strict=False)]
-    _frame_square(ax, limit, has_legend=True)
+    _frame_square(ax, limit, has_legend=len(artists) > 1)
     return artists
 
 
@@ -76,16 +76,19 @@ def plot_score(ax, score, log_density=None, limit=4.0, resolution=40):
     return streamlines
 
 
-def plot_arrows(ax, points, vectors, limit=4.0):
-    """Draw an arrow from each point, vectors (n, 2), such as grad f_real - grad f_fake; return the ``Quiver``.
+def plot_arrows(ax, points, vectors, limit=4.0, unit=1.0):
+    """Draw an arrow from a dot at each point, such as grad log p~ - grad log q~, vectors (n, 2); return the ``Quiver``.
 
-    The 95th percentile of their lengths is drawn an eighth of ``limit`` long.
+    A vector of length v is drawn limit / 7 * v / (v + unit) long: long ones stay short, and plots share a scale.
     """
     points, vectors = _check_pairs(limit, points=points, vectors=vectors)
-    scale = np.percentile(np.linalg.norm(vectors, axis=1), 95) / (limit / 8) or 1.0  # not 0, if none moves
-    arrows = ax.quiver(*points.T, *vectors.T, angles="xy", scale_units="xy", scale=scale, width=0.004)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    arrows = limit / 7 * vectors / (lengths + check_positive("unit", unit))
+    ax.plot(*points.T, "o", color="black", markersize=1.2, markeredgewidth=0)
+    style = {"width": 0.005, "headwidth": 3.5, "headlength": 3.5, "headaxislength": 3.2, "minlength": 0}
+    quiver = ax.quiver(*points.T, *arrows.T, angles="xy", scale_units="xy", scale=1, **style)
     _frame_square(ax, limit)
-    return arrows
+    return quiver
 
 
 def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
@@ -99,73 +102,78 @@ def plot_denoising(ax, noisy_points, denoised_points, limit=4.0):
     return lines
 
 
-def write_gif(path, frames, frame_duration=0.1, last_frame_duration=1.5, max_bytes=220_000):
+def write_gif(path, frames, durations=0.1, num_colors=64):
     """Write uint8 RGB frames (n, height, width, 3) as an endlessly looping GIF, all or nothing.
 
-    The last frame is shown for ``last_frame_duration`` seconds, the others for ``frame_duration``; equal ones in a row
-    are merged. All share one palette, so that colours are steady; it shrinks from 256 to as few as 32 colours if the
-    file would be larger than ``max_bytes``. Missing parent folders are made.
+    ``durations`` are seconds, one number or one a frame; equal frames in a row are merged. All share one palette of
+    ``num_colors``, 2 to 256, so that colours are steady; fewer make a smaller file. Missing parent folders are made.
     """
-    for name, seconds in (("frame_duration", frame_duration), ("last_frame_duration", last_frame_duration)):
-        check_interval(name, seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
-    check_positive("max_bytes", max_bytes)
+    for seconds in np.ravel(durations).tolist():
+        check_interval("durations", seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
+    check_integer("num_colors", num_colors, 2, 257)
     kinds = {(np.asarray(frame).dtype.name, np.shape(frame)) for frame in frames}
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
-    durations = [frame_duration] * (len(frames) - 1) + [last_frame_duration]
-    milliseconds = [10 * round(100 * seconds) for seconds in durations]
+    if np.shape(durations) not in ((), (len(frames),)):
+        raise ValueError(f"durations must be a number or {len(frames)}, one a frame, got {np.shape(durations)}")
+    milliseconds = [10 * round(100 * seconds) for seconds in np.broadcast_to(durations, len(frames)).tolist()]
     # Unchanged pixels become transparent; loop 0 is for ever; with save_all Pillow takes a list also for one frame.
     options = {"extension": ".gif", "duration": milliseconds, "optimize": True, "loop": 0, "save_all": True}
     frames = np.stack(frames)
     tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
-    for num_colors in (256, 128, 64, 32):
-        # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
-        reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
-        indices = np.asarray(reduced).reshape(frames.shape[:3])
-        encoded = iio.imwrite("<bytes>", list(indices), palette=bytes(reduced.getpalette()), **options)
-        if len(encoded) <= max_bytes:
-            break
+    # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
+    reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
+    indices = np.asarray(reduced).reshape(frames.shape[:3])
+    encoded = iio.imwrite("<bytes>", list(indices), palette=bytes(reduced.getpalette()), **options)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
 
 
 class Film:
-    """Frames drawn one after the other on one ``Figure``, which pyplot does not know."""
+    """Square pictures, ``size`` pixels wide, below a caption: drawn one after the other on one figure."""
 
-    def __init__(self):
-        self.figure = Figure(figsize=(4.0, 4.4), dpi=48, layout="constrained")
-        self.canvas = FigureCanvasAgg(self.figure)
-        self.axes = self.figure.add_subplot(anchor="N")
+    def __init__(self, size=480):
+        dpi = check_integer("size", size, 64, 2049) / 4.8
+        self.canvas = FigureCanvasAgg(Figure(figsize=(4.8, 5.15), dpi=dpi))
+        self.axes = self.canvas.figure.add_axes((0.01, 0.01, 0.98, 0.98 * 4.8 / 5.15))
         self.frames = []
 
     def add_frame(self, draw, *arguments, caption=""):
-        """Draw ``draw(axes, *arguments)`` on empty axes and append ``caption`` to its title."""
+        """Draw ``draw(axes, *arguments)`` on empty axes, without ticks, and append ``caption`` to its title."""
         self.axes.clear()
         draw(self.axes, *arguments)
-        self.axes.set_title(", ".join(text for text in (self.axes.get_title(), caption) if text))
+        self.axes.set(xticks=[], yticks=[])
+        self.axes.set_title(", ".join(text for text in (self.axes.get_title(), caption) if text), fontsize=14)
         self.canvas.draw()
-        self.figure.set_layout_engine("none")  # the first frame's layout stays, so that nothing moves
         self.frames.append(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
 
 
 class GifCallback(keras.callbacks.Callback):
     """Film ``draw(ax, model)`` during ``fit`` and write it as a GIF when training ends.
 
-    The first frame shows the model before training and the last one after it. In between, the next one comes after 20 %
-    more steps, and 5 at least, because most happens early. An interrupted run leaves an existing file as it was.
-    A path that cannot be written raises OSError before training.
+    The first frame shows the model before training and the last one after it. In between, the next one comes after a
+    sixth more steps, and 5 at least, because most happens early; early frames are shown longer, too. An interrupted
+    run leaves an existing file as it was. A path that cannot be written raises OSError before training.
+
+    Args:
+        path: of the GIF.
+        draw: callable that draws the ``keras.Model`` on a square, empty ``Axes``.
+        size: width of the picture in pixels, 64 to 2048; a line for the caption adds 7 % to the height.
+        num_colors: size of the palette, 2 to 256. 40 frames of 480 pixels with 24 colours are 0.6 to 1 MB.
     """
 
-    def __init__(self, path, draw):
+    def __init__(self, path, draw, size=480, num_colors=64):
         super().__init__()
         if not callable(draw):
             raise ValueError(f"draw must be a callable draw(ax, model), got {draw!r}")
         self.path, self.draw = Path(path), draw
+        self.size = check_integer("size", size, 64, 2049)
+        self.num_colors = check_integer("num_colors", num_colors, 2, 257)
 
     def on_train_begin(self, logs=None):
         check_writable(self.path)
-        self._film = Film()
+        self._film = Film(self.size)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._film.frames:  # the first epoch of this run, which is not 0 in a resumed one
@@ -175,7 +183,7 @@ class GifCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._step = self._step_of_epoch + batch + 1
-        if self._step >= self._frame_step + max(5, math.ceil(self._frame_step / 5)):
+        if self._step >= self._frame_step + max(5, math.ceil(self._frame_step / 6)):
             self._add_frame()
 
     def on_train_end(self, logs=None):
@@ -183,7 +191,8 @@ class GifCallback(keras.callbacks.Callback):
             return
         if self._frame_step != self._step:
             self._add_frame()
-        write_gif(self.path, self._film.frames)
+        durations = [*np.geomspace(0.4, 0.06, len(self._film.frames) - 1), 1.5]  # seconds
+        write_gif(self.path, self._film.frames, durations, self.num_colors)
 
     def _add_frame(self):
         self._film.add_frame(self.draw, self.model, caption=f"step {self._step}")
@@ -256,7 +265,7 @@ def _plot_points(ax, points, color, label):
 
 
 def _frame_square(ax, limit, has_legend=False):
-    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
     if has_legend:  # below the axes, where it hides no data
         legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=2, ncols=2, frameon=False)
         for handle in legend.legend_handles:

@@ -20,6 +20,7 @@ prepare_process()  # before TensorFlow is imported
 import keras
 import numpy as np
 import tensorflow as tf
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from egm_dde import evaluation, visualization
@@ -34,6 +35,7 @@ LAST_RATE = 0.003  # of the real DDE, as a share of the first
 BATCH_SIZE, NUM_BATCHES = 512, 2000
 STEPS_PER_EPOCH, EPOCHS = 50, 100
 FOLDER = ROOT / "example_models"
+ON_SQUARE = {"origin": "lower", "extent": (-4, 4, -4, 4), "interpolation": "bilinear"}
 
 
 def build_egm(seed=0, epochs=EPOCHS):
@@ -122,22 +124,50 @@ def exact_log_density(dataset, points, noise_std):
     return np.log(np.maximum(noisy_density_2d(dataset, points, noise_std), 1e-300))
 
 
+def draw_over_density(ax, points, density):
+    """Draw points (n, 2) as dots over a density, as of ``visualization.grid_density``, in pale blue."""
+    ax.imshow(density, "Blues", vmin=0, vmax=2 * density.max(), **ON_SQUARE)
+    ax.plot(*points.T, "o", color=visualization.VERMILION, markersize=2.2, markeredgewidth=0)
+    ax.set(xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[])
+
+
+def draw_method(ax, points, dde_real, dde_fake, noise_std=0.3):
+    """Draw what moves generated points (n, 2): arrows along grad log p~ - grad log q~, over log p~ - log q~.
+
+    Green lacks points, purple has too many. Both logarithms are of the density plus 4 % of the highest of p~, so that
+    the colour fades where neither has mass; arrows, in noise units, are drawn where generated points are.
+    """
+    real, fake = (
+        visualization.grid_density(partial(dde.log_density, noise_std=noise_std), resolution=60)
+        for dde in (dde_real, dde_fake)
+    )
+    faint = 0.04 * real.max()
+    excess = np.log((real + faint) / (fake + faint))
+    ax.imshow(excess, colormaps["PRGn"].resampled(9), vmin=-1.8, vmax=1.8, **ON_SQUARE)
+    ax.plot(*points.T, "o", color=visualization.VERMILION, markersize=2.2, markeredgewidth=0)
+    places = np.stack(np.meshgrid(*[np.linspace(-3.75, 3.75, 16, dtype="float32")] * 2), axis=-1).reshape(-1, 2)
+    log_density = dde_fake.log_density(places, noise_std).numpy()[:, 0]
+    places = places[log_density > log_density.max() - 5]
+    push = dde_real.score(places, noise_std) - dde_fake.score(places, noise_std)
+    visualization.plot_arrows(ax, places, noise_std * push.numpy())
+
+
 def make_films(dataset, folder, seed=0):
-    """Make the callbacks that film the training: both densities on one colour scale, and the samples over the data."""
-    max_density = visualization.grid_density(partial(exact_log_density, dataset, noise_std=NOISE_RANGE[0])).max()
-    data = sample_2d_data(dataset, 2000, seed)
+    """Make the callbacks that film the training: densities on one colour scale, points over the data, the method."""
+    exact = visualization.grid_density(partial(exact_log_density, dataset, noise_std=NOISE_RANGE[0]))
 
     def draw_density(ax, model, name):
-        visualization.plot_density(ax, getattr(model, name).log_density, max_density=max_density)
-        ax.set_title(name)
+        visualization.plot_density(ax, getattr(model, name).log_density, max_density=exact.max())
 
     def draw_samples(ax, model):
-        visualization.plot_samples(ax, data, model.sample(len(data), seed=seed))
-        ax.set_title("samples")
+        draw_over_density(ax, model.sample(2000, seed=seed), exact)
+
+    def draw_pushed(ax, model):
+        draw_method(ax, model.sample(1000, seed=seed), model.dde_real, model.dde_fake)
 
     films = {f"den_{name}.gif": partial(draw_density, name=f"dde_{name}") for name in ("real", "fake")}
-    films["samples.gif"] = draw_samples
-    return [visualization.GifCallback(Path(folder) / name, draw) for name, draw in films.items()]
+    films |= {"samples.gif": draw_samples, "method.gif": draw_pushed}
+    return [visualization.GifCallback(Path(folder) / name, draw, num_colors=24) for name, draw in films.items()]
 
 
 def draw_gallery(models):
