@@ -87,6 +87,14 @@ class RandomFourierFeatures(DataLayer):
 
 
 @register
+class SquareWaves(RandomFourierFeatures):
+    """Map z to sign(sin(z B)), random B ~ N(0, scale^2): features that jump."""
+
+    def call(self, x, log_noise_std=None):
+        return keras.ops.sign(keras.ops.sin(keras.ops.matmul(x, self.frequencies)))
+
+
+@register
 class NoiseScaling(DataLayer):
     """Divide centred points by sqrt(data_std^2 + noise_std^2), so that they are about as wide at every noise level.
 
@@ -209,6 +217,7 @@ def build_generator(  # noqa: D417
     data_std=None,
     seed=0,
     data=None,
+    num_jumps=0,
 ):
     """Build the generator: random Fourier features of a standard normal latent, dense layers, a point.
 
@@ -222,16 +231,21 @@ def build_generator(  # noqa: D417
         activation: any activation; the generator needs no smooth derivative.
         num_features: number of random Fourier features of the latent.
         feature_scale: standard deviation of their frequencies, in radians per standard deviation of the latent.
+        num_jumps: number of features of the latent that jump, as ``SquareWaves``. A map that is continuous leaves
+            bridges between separate parts of the data (arXiv:2206.14476); with 16, it can tear.
 
     Returns a Functional ``keras.Model`` from (batch, latent_dim) to (batch, dim).
     """
     dim, data_std, known, correlation = _describe_data(dim, data_std, data)
     sizes = {"latent_dim": latent_dim, "dim": dim, "num_features": num_features}
     checks.check_sizes_and_scales(sizes, widths, {"feature_scale": feature_scale})
+    checks.check_integer("num_jumps", num_jumps, 0)
     seed, exact = checks.check_seed(seed), exact_type()
     initial = initializers("HeNormal" if activation == "relu" else "GlorotUniform", seed)
     z = keras.Input((latent_dim,), dtype=exact, name="z")
     hidden = RandomFourierFeatures(num_features, feature_scale, seed)(z)
+    if num_jumps:
+        hidden = keras.layers.Concatenate(dtype=exact)([hidden, SquareWaves(num_jumps, 1.0, seed)(z)])
     hidden = stack_dense_layers(hidden, widths, activation, initial)
     is_correction = latent_dim == dim
     last = keras.initializers.VarianceScaling(0.01, seed=seed) if is_correction else next(initial)

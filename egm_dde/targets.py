@@ -5,11 +5,11 @@ import math
 import numpy as np
 import tensorflow as tf
 
-SOURCES_PER_BLOCK = 512  # each noisy point meets the points of its block of the batch, this many at most
+POINTS_PER_BLOCK = 512  # bounds the memory: more moved points are met in blocks, with the sources dealt out to them
 
 
 def average_over_sources(x, noisy_x, noise, noise_std):
-    """Average the noise over the points of its block that a noisy point may have come from, not its own alone.
+    """Average the noise over the points that a noisy point may have come from, not its own alone.
 
     Seen from y = noisy_x_i, point x_j is the source with probability w_ij, proportional to
     exp(-||y - x_j||^2 / (2 noise_std_i^2)), and the noise was (y - x_j) / noise_std_i. It is attention over the batch:
@@ -18,11 +18,11 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     Averaging changes no expected gradient: given the batch and y, the point that was moved is x_j with probability w_j.
     (For a fixed y, a mean over a random batch is a biased estimate of the score; see arXiv:2302.00670.)
 
-    ``x`` are clean points (batch, *event), ``noise_std`` levels (batch, 1) in data units, ``noise`` is in noise units,
-    and ``noisy_x`` is x + noise_std * noise. Returns the average of the noise (batch, *event), its squared norm
-    (batch, 1), and the average of that (batch, 1).
+    ``x`` are clean points (batch, *event), of which all are sources and the first ``moved`` were moved: ``noisy_x`` is
+    x[:moved] + noise_std * noise, ``noise_std`` are levels (moved, 1) in data units, and ``noise`` is in noise units.
+    Returns the average of the noise (moved, *event), its squared norm (moved, 1), and the average of that (moved, 1).
     """
-    batch_size, dim = tf.shape(x)[0], math.prod(x.shape[1:])
+    num_moved, dim = tf.shape(noise)[0], math.prod(x.shape[1:])
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32  # half precision is too coarse for exponents
     flat_x, y, flat_noise = (tf.cast(tf.reshape(points, (-1, dim)), dtype) for points in (x, noisy_x, noise))
     centre = tf.reduce_mean(flat_x, axis=0)
@@ -32,24 +32,27 @@ def average_over_sources(x, noisy_x, noise, noise_std):
     squared_y = tf.reduce_sum(tf.square(y), axis=-1, keepdims=True)
     # Up to a term that x_j does not enter, the exponent is a product: (y x_j - ||x_j||^2 / 2) / noise_std^2.
     sources = tf.concat([flat_x, tf.reduce_sum(tf.square(flat_x), axis=-1, keepdims=True)], axis=-1)
-    queries = precision * tf.concat([y, tf.fill([batch_size, 1], tf.constant(-0.5, dtype))], axis=-1)
-    # Blocks of points bound the memory. The last one is filled up with sources at infinity, whose weight is exactly 0.
-    block_size = tf.minimum(batch_size, SOURCES_PER_BLOCK)
-    filling = [[0, -batch_size % block_size], [0, 0]]
-    infinity = tf.fill([filling[0][1], 1], tf.constant(np.inf, dtype))
-    places = tf.concat([sources, tf.pad(infinity, [[0, 0], [dim, 0]])], axis=0)
-    queries = tf.pad(queries, filling, constant_values=-0.5)
-    places, queries, sources = (
-        tf.reshape(rows, (-1, block_size, dim + 1)) for rows in (places, queries, tf.pad(sources, filling))
-    )
-    weights = tf.nn.softmax(tf.matmul(queries, places, transpose_b=True))  # (blocks, block_size, block_size)
-    means = tf.reshape(tf.matmul(weights, sources), (-1, dim + 1))[:batch_size]
+    queries = precision * tf.concat([y, tf.fill([num_moved, 1], tf.constant(-0.5, dtype))], axis=-1)
+    num_blocks = tf.maximum(-(-num_moved // POINTS_PER_BLOCK), 1)
+
+    def in_blocks(rows, filler=0.0):
+        """Rows (n, d + 1) as (blocks, rows a block, d + 1); those that fill up the last block end in ``filler``."""
+        filling = tf.pad(tf.fill([-tf.shape(rows)[0] % num_blocks, 1], tf.constant(filler, dtype)), [[0, 0], [dim, 0]])
+        return tf.reshape(tf.concat([rows, filling], axis=0), (num_blocks, -1, dim + 1))
+
+    def with_others(filler):
+        """Sources of each block: those that were moved there, and their share of the others."""
+        return tf.concat([in_blocks(part, filler) for part in (sources[:num_moved], sources[num_moved:])], axis=1)
+
+    # A source that fills up is infinitely far, so its weight is exactly 0.
+    weights = tf.nn.softmax(tf.matmul(in_blocks(queries, -0.5), with_others(np.inf), transpose_b=True))
+    means = tf.reshape(tf.matmul(weights, with_others(0.0)), (-1, dim + 1))[:num_moved]
     mean_x, mean_squared_x = means[:, :dim], means[:, dim:]
     mean_noise = tf.sqrt(precision) * (y - mean_x)
     mean_squared_norm = precision * (squared_y - 2.0 * tf.reduce_sum(y * mean_x, -1, keepdims=True) + mean_squared_x)
     # Where rounding would move an exponent noticeably, the own noise stays.
     is_exact = np.finfo(dtype.as_numpy_dtype).eps * precision * squared_y < 0.1
-    mean_noise = tf.reshape(tf.where(is_exact, mean_noise, flat_noise), tf.shape(x))
+    mean_noise = tf.reshape(tf.where(is_exact, mean_noise, flat_noise), tf.shape(noise))
     mean_squared_norm = tf.where(is_exact, mean_squared_norm, squared_norm)
     return tuple(tf.cast(result, x.dtype) for result in (mean_noise, squared_norm, mean_squared_norm))
 

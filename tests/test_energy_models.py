@@ -43,7 +43,7 @@ from energy_models import DDE, EGM, build_energy_net, build_generator
 def test_loss_equals_its_formula(kind, dual_weight, sources_per_block, monkeypatch):
     # Each of 8 points meets its own noise and, in the term that involves the network, the mean of all that it may have
     # had: by Bayes' rule over the points of its block.
-    monkeypatch.setattr(targets, "SOURCES_PER_BLOCK", sources_per_block)
+    monkeypatch.setattr(targets, "POINTS_PER_BLOCK", sources_per_block)
     dde = make_dde(kind, dual_weight=dual_weight)
     x = tf.constant(5 + points_for(dde, 8), tf.float64)
     noisy_x, noise, noise_std = (tensor.numpy() for tensor in dde.add_noise(x, KEY))
@@ -238,6 +238,23 @@ def test_each_inner_step_has_fresh_latents_and_noise(dde_steps, latents_per_poin
     generated = np.concatenate(generated)
     assert generated.shape == (sum(sizes) * (latents_per_point + dde_steps), 3)
     assert len(np.unique(generated, axis=0)) == len(generated)
+
+
+def test_a_batch_can_hold_more_sources_than_it_moves(monkeypatch):
+    ddes = [make_dde(sources_per_point=number) for number in (3, 2)]
+    x = tf.constant(normal(8, 3))
+    noisy_x, noise, noise_std = ddes[0].add_noise(x[:3], KEY)
+    mean_noise, _, _ = targets.average_over_sources(x, noisy_x, noise, noise_std)
+    expected = (noise_std * ddes[0].score(noisy_x) + mean_noise) ** 2 + noise**2 - mean_noise**2
+    np.testing.assert_allclose(ddes[0].denoising_loss(x, KEY, training=True), np.mean(expected), rtol=1e-5)
+    calls_of = record_losses(monkeypatch)
+    egm = make_egm(dde_real=ddes[0], dde_fake=ddes[1], dde_steps=2)
+    compiled(egm, lambda: SGD(0.0), run_eagerly=True)
+    egm.fit(x, batch_size=8, shuffle=False, verbose=0)
+    real_calls, fake_calls, generator_calls = calls_of(egm)
+    assert_equal_arrays([call["x"] for call in real_calls], [x, np.roll(x, -3, axis=0)])  # other points are moved
+    assert [len(call["x"]) for call in fake_calls] == [6, 6]
+    assert [len(call["z"]) for call in generator_calls] == [3 * egm.latents_per_point]
 
 
 def test_latents_and_noise_of_a_step_are_independent_standard_normals(monkeypatch):

@@ -205,7 +205,7 @@ OF_NETS = {"activation": "tanh", "separate_channels": True}
     ("build", "options", "changes", "inputs"),
     [
         (build_energy_net, SMALL, CHANGES | {"activation": "silu"}, normal(4, 2)),
-        (build_generator, SMALL, CHANGES | {"activation": "tanh"}, normal(4, 2)),
+        (build_generator, SMALL, CHANGES | {"activation": "tanh", "num_jumps": 2}, normal(4, 2)),
         (build_image_energy_net, OF_IMAGES, OTHER_IMAGES | OF_NETS, [normal(4, 4, 3, 2), normal(4, 1)]),
         (build_image_generator, OF_IMAGES | {"latent_dim": 3}, OTHER_IMAGES, normal(4, 3)),
     ],

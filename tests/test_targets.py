@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy import stats
+from small_models import normal
 
 from egm_dde import targets
 
 
 def average(x, noise, noise_std, dtype):
     """Average the noise of points (n, d) and its square (n, 1); the levels are (n, 1)."""
-    arrays = (tf.cast(each, dtype) for each in (x, x + noise_std * noise, noise, noise_std))
+    arrays = (tf.cast(each, dtype) for each in (x, x[: len(noise)] + noise_std * noise, noise, noise_std))
     mean_noise, square, mean_square = targets.average_over_sources(*arrays)
     assert mean_noise.dtype == square.dtype == mean_square.dtype == dtype
     mean_noise, square, mean_square = (tf.cast(each, tf.float64) for each in (mean_noise, square, mean_square))
@@ -19,7 +20,7 @@ def average(x, noise, noise_std, dtype):
 def average_by_bayes_rule(x, noise, noise_std, block_size):
     """The same, from the probabilities of all sources within a block."""
     results = []
-    for i, y in enumerate(x + noise_std * noise):
+    for i, y in enumerate(x[: len(noise)] + noise_std * noise):
         candidates = (y - x[i - i % block_size :][:block_size]) / noise_std[i]
         probabilities = stats.norm.pdf(candidates).prod(axis=1)
         weights = probabilities / probabilities.sum()
@@ -35,7 +36,7 @@ def average_by_bayes_rule(x, noise, noise_std, block_size):
 def test_averages_are_those_of_bayes_rule(dtype, offset, scale, block_size, monkeypatch):
     # The last of the smaller blocks has one point, whose only source it is itself. Multiples of 1/4 up to 512 are exact
     # in float32, those near 0 in bfloat16, too.
-    monkeypatch.setattr(targets, "SOURCES_PER_BLOCK", block_size)
+    monkeypatch.setattr(targets, "POINTS_PER_BLOCK", block_size)
     rng = np.random.default_rng(0)
     x, noise = rng.integers(-8, 8, (2, 49, 2)) / 4.0
     noise_std = np.resize([0.5, 1.0, 2.0], (49, 1))
@@ -43,6 +44,20 @@ def test_averages_are_those_of_bayes_rule(dtype, offset, scale, block_size, monk
     tolerance = 1e-2 if dtype == "bfloat16" else 1e-5
     for given, exact in zip(average(offset + scale * x, noise, scale * noise_std, dtype), expected, strict=True):
         np.testing.assert_allclose(given, exact, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize(("block_size", "dealt_out"), [(64, [range(49)]), (8, [range(7), range(7, 14), range(14, 20)])])
+def test_points_that_stay_are_sources_too(block_size, dealt_out, monkeypatch):
+    # Of 49 points, 20 are moved. The others belong to all of them, or are dealt out to their blocks, 10, 10 and 9.
+    monkeypatch.setattr(targets, "POINTS_PER_BLOCK", block_size)
+    x, noise, noise_std = normal(49, 2), normal(20, 2, seed=1), np.resize([0.5, 1.0, 2.0], (20, 1))
+    given = average(x, noise, noise_std, "float64")
+    for i, moved in enumerate(dealt_out):
+        sources = x if len(dealt_out) == 1 else np.concatenate([x[moved], x[20 + 10 * i : 30 + 10 * i]])
+        its = slice(moved.start, min(moved.stop, 20))
+        expected = average_by_bayes_rule(sources, noise[its], noise_std[its], 64)
+        for results, exact in zip(given, expected, strict=True):
+            np.testing.assert_allclose(results[its], exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -407,7 +407,7 @@ def no_input():
 
 OPTIONS = (
     "noise_std noise_range dual_weight dde_steps real_steps latents_per_point average_decay level_power seed "
-    "trainable compiled jit_compile steps_per_execution"
+    "sources_per_point trainable compiled jit_compile steps_per_execution"
 ).split()
 SAVED = {
     "one optimizer": lambda: compiled(make_dde(dual_weight=0.37), cosine_adam, steps_per_execution=2),
