@@ -237,22 +237,29 @@ def log_partition(dde, data, n_samples=10_000, noise_std=None, num_steps=100, se
     level = choose_level(dde, noise_std, default=dde.noise_range[1])
     seed = checks.check_seed(seed)
     data = checks.check_points("data", data, dde.event_shape, dde.variable_dtype, level)
-    log_weights = weigh(dde, data, level, n_samples, num_steps, seed)
-    log_sum = logsumexp(log_weights)
+    estimate = weigh_up(weigh(dde, data, level, n_samples, num_steps, seed), level)
+    if not estimate.is_reliable:
+        size = estimate.effective_sample_size
+        found = f"{n_samples} points have an effective sample size of {size:.1f}, so log Z is most likely too low"
+        warnings.warn(
+            f"{found}: try more num_steps, a larger noise_std, or data that the DDE has learned", stacklevel=2
+        )
+    return estimate
+
+
+def weigh_up(log_weights, noise_std):
+    """Summarise weights, given by their logarithms (n,), whose mean is the integral of a density at a noise level.
+
+    See ``log_partition`` for the formulas. Returns a ``LogPartition``.
+    """
+    n_samples, log_sum = len(log_weights), logsumexp(log_weights)
     if not math.isfinite(log_sum):
         raise FloatingPointError(f"the log density of dde must be finite, got {log_sum} as the logarithm of its sum")
     sample_size = math.exp(2 * log_sum - logsumexp(2 * log_weights))
     is_reliable = sample_size >= max(SMALLEST_SAMPLE_SIZE, SMALLEST_SAMPLE_SHARE * n_samples)
-    if not is_reliable:
-        found = (
-            f"{n_samples} points have an effective sample size of {sample_size:.1f}, so log Z is most likely too low"
-        )
-        warnings.warn(
-            f"{found}: try more num_steps, a larger noise_std, or data that the DDE has learned", stacklevel=2
-        )
     value = float(log_sum - math.log(n_samples))
     standard_error = math.sqrt(max(1 / sample_size - 1 / n_samples, 0.0))
-    return LogPartition(value, standard_error, sample_size, n_samples, is_reliable, level)
+    return LogPartition(value, standard_error, sample_size, n_samples, is_reliable, noise_std)
 
 
 def weigh(dde, data, level, n_samples, num_steps, seed):

@@ -61,12 +61,12 @@ def test_the_wheel_has_the_method_and_the_machinery_alone(wheel):
         names = archive.namelist()
         (metadata,) = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
     modules = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert modules == {"energy_models.py", "egm_dde"}
+    assert modules == {"density_estimator.py", "energy_models.py", "egm_dde"}
     files = {path.name for path in (ROOT / "egm_dde").glob("*.py")}
     assert {name.split("/")[1] for name in names if name.startswith("egm_dde/")} == files
     needed = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
     assert {name.split("<")[0] for name in needed} == {
-        *("tensorflow", "keras", "numpy", "scipy", "matplotlib", "imageio", "pillow")
+        *("tensorflow", "keras", "numpy", "scipy", "matplotlib", "imageio", "pillow", "scikit-learn")
     }
 
 
