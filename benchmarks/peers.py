@@ -9,7 +9,7 @@
 
 A warm-up finds the steps that fill a budget; learning rates fall until they are done, those of the peers to zero along
 a cosine. Each run has a process of its own, with one thread, and replaces its lines of ``peers.csv``. The picture shows
-all of them, the tables those of the largest budget, the project's README.md the ranges of these.
+all of them, the tables those of the largest budget, and a summary their ranges.
 
     python benchmarks/peers.py [--methods ours ...] [--datasets rings ...] [--seeds 0 ...] [--budgets 30 60 120]
 """
@@ -318,17 +318,18 @@ def write_results(arguments):
     seeds = "; ".join(f"{run} {', '.join(map(str, its))}" for run, its in seeds_of if len(its))
     counts = " or ".join(f"{count:,}" for count in np.unique(rows["samples"]))
     runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training; {counts} generated points. "
-    runs += report.describe_run(["tensorflow", "torch", "zuko", "flow_matching"])
+    path = arguments.folder / "README.md"
+    is_kept, packages = arguments.tables_only, ["tensorflow", "torch", "zuko", "flow_matching"]
+    runs += report.read_run_line("peers", path) if is_kept else report.describe_run(packages)
     text += (
         f"\nSampling of a million points; evaluations of a network for each point; means (smallest to largest). {runs}"
     )
-    report.write_section("peers", text, arguments.folder / "README.md")
-    if arguments.folder == report.FOLDER:
-        write_summary(rows, methods, runs)
+    report.write_section("peers", text, path)
+    write_summary(rows, methods, path)
 
 
-def write_summary(rows, methods, runs):
-    """Write the smallest and the largest numbers of each method, over data sets and seeds, into the first README.md."""
+def write_summary(rows, methods, path):
+    """Write the smallest and the largest numbers of each method, over data sets and seeds."""
     names = {"tv": "TV", "kl": "KL (nats)", "sliced_w1_ratio": "W1 / floor", "density_tv": "Density: TV"}
     names["sampling_seconds"] = "Sampling a million (CPU s)"
 
@@ -339,8 +340,8 @@ def write_summary(rows, methods, runs):
     by_method = {method: rows[rows["method"] == method] for method in methods if method in rows["method"]}
     table = [(f"`{method}`", *(describe(its[name]) for name in names)) for method, its in by_method.items()]
     table.append(("real points (floor)", *(describe(rows[f"{name}_floor"]) for name in ("tv", "kl")), "1", "", ""))
-    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over data sets and seeds. {runs}"
-    report.write_section("peers", text, report.FOLDER.parent / "README.md")
+    text = f"{report.make_table(['', *names.values()], table)}\n\nSmallest to largest over data sets and seeds."
+    report.write_section("peers summary", text, path)
 
 
 def main():
