@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "examples")]
 
+import numpy as np
 import report
 import samples
 
@@ -54,8 +55,8 @@ def run(dataset, seed):
     return {**row, **{f"corrected_{name}": number for name, number in corrected.items()}}
 
 
-def write_results(rows):
-    """Write the tables: everything to the README of the benchmarks, the main numbers to that of the project."""
+def write_results(rows, run_line):
+    """Write the tables: everything to the README of the benchmarks, the means of TV to that of the project."""
     by_dataset = {dataset: [row for row in rows if row["dataset"] == dataset] for dataset in DATASETS}
     by_dataset = {dataset: its_rows for dataset, its_rows in by_dataset.items() if its_rows}
     table = report.make_table(
@@ -66,35 +67,20 @@ def write_results(rows):
         ],
     )
     seeds = sorted({int(row["seed"]) for row in rows})
-    runs = (
-        f"Mean (smallest to largest) over seeds {seeds[0]} to {seeds[-1]}. "
-        if seeds[1:]
-        else f"Seed {seeds[0]}, one run. "
-    )
-    runs += report.describe_run(["tensorflow", "keras", "numpy"])
-    report.write_section("quality", f"{table}\n\n{runs}")
+    runs = f"over seeds {seeds[0]} to {seeds[-1]}" if seeds[1:] else f"of one run, seed {seeds[0]}"
+    report.write_section("quality", f"{table}\n\nMean (smallest to largest) {runs}. {run_line}")
 
-    columns = {  # name in the rows: header
-        "density_tv": "Density: TV",
-        "density_kl": "KL (nats)",
-        "generator_tv": "Generator: TV",
-        "generator_kl": "KL (nats)",
-        "corrected_tv": "Corrected: TV",
-        "corrected_kl": "KL (nats)",
-        "generator_tv_floor": "Floor: TV",
-        "generator_kl_floor": "KL (nats)",
-        "sliced_wasserstein_ratio": "W1 / floor",
-        "seconds": "Training (CPU s)",
-    }
-    digits = {name: digits for _, name, digits in NUMBERS}
+    columns = {"density_tv": "Density", "generator_tv": "Generator", "corrected_tv": "Corrected"}
+    columns["generator_tv_floor"] = "Floor"
     table = report.make_table(
-        ["Data set", *columns.values()],
+        ["TV", *columns.values()],
         [
-            [f"`{dataset}`", *(report.summarise(its_rows, name, digits[name]) for name in columns)]
+            [f"`{dataset}`", *(f"{np.mean([float(row[name]) for row in its_rows]):.3f}" for name in columns)]
             for dataset, its_rows in by_dataset.items()
         ],
     )
-    report.write_section("results", f"{table}\n\n{runs}", report.FOLDER.parent / "README.md")
+    text = f"{table}\n\nMean {runs} ([their spread](benchmarks/README.md#quality)). {run_line}"
+    report.write_section("results", text, report.FOLDER.parent / "README.md")
 
 
 def main():
@@ -107,7 +93,9 @@ def main():
     for seed in [] if arguments.tables_only else arguments.seeds:
         for dataset in arguments.datasets:
             report.add_row(FILE, run(dataset, seed), key=("dataset", "seed"))
-    write_results(report.read_rows(FILE))
+    is_kept, packages = arguments.tables_only, ["tensorflow", "keras", "numpy"]
+    run_line = report.read_run_line("quality") if is_kept else report.describe_run(packages)
+    write_results(report.read_rows(FILE), run_line)
 
 
 if __name__ == "__main__":

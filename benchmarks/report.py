@@ -27,6 +27,15 @@ def describe_run(packages):
     return f"{date}, {os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, {versions}."
 
 
+def read_run_line(section, path=FOLDER / "README.md"):
+    """Return the line of ``describe_run`` that stands in a section: that of the runs whose table is made anew."""
+    content = path.read_text(encoding="utf-8").partition(f"<!-- {section} -->")[2].partition("<!-- end of")[0]
+    lines = re.findall(r"\d{4}-\d\d-\d\d, \d+ cores of [^|]*?\.(?=\n\n)", content)
+    if len(lines) != 1:
+        raise ValueError(f"{path} must have one line with date and machine in {section!r}, found {len(lines)}")
+    return " ".join(lines[0].split())
+
+
 def make_table(header, rows):
     """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

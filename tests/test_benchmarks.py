@@ -44,6 +44,15 @@ def test_a_run_replaces_its_own_row_alone(report, tmp_path):
     assert [path] == list(tmp_path.iterdir())
 
 
+def test_a_table_made_anew_keeps_the_date_of_its_runs(report, tmp_path):
+    path, line = tmp_path / "README.md", report.describe_run(["numpy", "scipy", "keras", "tensorflow", "matplotlib"])
+    path.write_text("<!-- speed -->\n<!-- end of speed -->\n")
+    report.write_section("speed", f"| a |\n\nMean over 2 seeds. {line}", path)
+    assert report.read_run_line("speed", path) == line
+    with pytest.raises(ValueError, match="one line with date and machine"):
+        report.read_run_line("size", path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["targets not averaged", "no base measure", "generator starts at random"])
 def test_variants_of_the_ablation_train(report, monkeypatch, variant):
