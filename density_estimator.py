@@ -3,7 +3,7 @@
 The log density of data with noise of standard deviation s is that of a reference with noise, which is exact at every s,
 plus a network, in nats: log p_s(y) = log r_s(y) + c(y, s). Three things are the method; read them first:
 
-* ``NoisyMixture``: the reference, a mixture of Gaussians with noise.
+* ``egm_dde.mixtures.NoisyMixture``: the reference, a mixture of Gaussians with noise.
 * ``ReferenceDDE.denoising_loss``: Eq. 5 of arXiv:2001.02728 and its dual term, and a contrast with the reference.
 * ``DensityEstimator``: a scikit-learn estimator that chooses everything by held-out likelihood.
 """
@@ -18,65 +18,27 @@ require_tensorflow()  # before Keras is imported, which chooses its backend then
 import keras
 import numpy as np
 import tensorflow as tf
-from scipy.spatial.distance import cdist
-from scipy.special import expit, logsumexp
+from scipy.special import logsumexp
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.covariance import ledoit_wolf
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from egm_dde import checks, draws, networks
+from egm_dde.mixtures import NoisyMixture, by_chunks, draw, find_share, kernel_log_densities, log_levels, make_mixture
 from egm_dde.sampling import SMALLEST_SAMPLE_SIZE, weigh_up
+from egm_dde.whitening import Whitening
 from energy_models import DDE
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of components, for n_components="auto"
-REGULARIZERS = (1e-6, 1e-2, 0.1)  # of their covariances, in whitened units; the first one alone for many rows
+REGULARIZERS = (1e-6, 1e-3, 1e-2, 0.1)  # of their covariances, in whitened units; the first one alone for many rows
 BANDWIDTHS = np.geomspace(0.05, 1.5, 24)  # of kernels, in whitened units
 NUM_FOLDS, MOST_ROWS_TO_CROSS = 5, 2000  # larger tables have one held-out part, and no kernels
 MOST_ROWS_TO_FIT, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 20_000, 5000, 40
 HIGHEST_LEVEL, NUM_LEVELS, BATCH_SIZE, STEPS_BETWEEN_CHECKS = 1.0, 6, 512, 20
-NUM_POINTS, CHUNK = 20_000, 256  # points of the reference that weigh the constant; points evaluated at a time
+NUM_POINTS = 20_000  # of the reference, which weigh the constant
 LARGEST_DIFFERENCE, LARGEST_ERROR = 0.2, 0.01  # in nats: of the constant from both sides, and of the mean of weights
-
-
-@networks.register
-class NoisyMixture(networks.ExactLayer):
-    """Log density (batch, 1) of a mixture of Gaussians with noise, sum_k w_k N(y; m_k, C_k + noise_std^2 I).
-
-    Each covariance is kept as its principal axes (d, d), in columns, and the variances (d,) along them, to which noise
-    adds noise_std^2: every level costs the same.
-    """
-
-    options = ("num_components",)
-
-    def __init__(self, num_components, **kwargs):
-        super().__init__(**kwargs)
-        self.num_components = num_components
-
-    def build(self, x_shape, log_noise_std_shape=None):
-        k, d = self.num_components, x_shape[-1]
-        self.add_constants(log_weights=(k,), means=(k, d), axes=(k, d, d), variances=(k, d))
-
-    def call(self, x, log_noise_std):
-        k, d = self.means.shape
-        all_axes = keras.ops.reshape(keras.ops.transpose(self.axes, (1, 0, 2)), (d, k * d))
-        along_axes = keras.ops.reshape(keras.ops.matmul(x, all_axes), (-1, k, d))
-        means = keras.ops.matmul(self.means[:, None], self.axes)[:, 0]  # along the axes of each component, too
-        variances = self.variances + keras.ops.exp(2.0 * log_noise_std)[:, :, None]  # (batch, k, d)
-        log_densities = keras.ops.sum(networks.log_normal(along_axes, means, variances), axis=-1)
-        return keras.ops.logsumexp(self.log_weights + log_densities, axis=-1, keepdims=True)
-
-    def sample(self, noise_std, key):
-        """Draw a point (batch, d) with noise of each of the levels (batch, 1)."""
-        component_key, noise_key = draws.split(key)
-        shares = tf.cumsum(tf.exp(self.log_weights))
-        places = shares[-1] * draws.uniform([tf.shape(noise_std)[0]], component_key, shares.dtype)
-        k = tf.minimum(tf.searchsorted(shares, places, side="right"), self.num_components - 1)
-        noise = draws.normal([tf.shape(k)[0], self.means.shape[1]], noise_key, noise_std.dtype)
-        along_axes = tf.sqrt(tf.gather(self.variances, k) + noise_std**2) * noise
-        return tf.gather(self.means, k) + tf.linalg.matvec(tf.gather(self.axes, k), along_axes)
 
 
 @networks.register
@@ -109,25 +71,16 @@ def build_reference_net(mixture, widths=(128, 128), seed=0):
 
     The correction is 0 at first. It has random Fourier features in up to three dimensions.
     """
-    k, d = mixture.means.shape
-    inputs = [keras.Input((size,), name=name, dtype="float32") for name, size in (("x", d), ("log_noise_std", 1))]
+    (k, d), exact = mixture.means.shape, networks.exact_type()
+    inputs = [keras.Input((size,), name=name, dtype=exact) for name, size in (("x", d), ("log_noise_std", 1))]
     features = networks.RandomFourierFeatures(64, 2.0, seed, data_std=1.0) if d <= 3 else networks.NoiseScaling(1.0)
     hidden = keras.layers.Concatenate()([features(*inputs), inputs[1]])
     hidden = networks.stack_dense_layers(hidden, widths, "silu", networks.initializers("GlorotUniform", seed))
     correction = keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="zeros")(hidden), name="correction")
-    reference = NoisyMixture(k, name="reference", dtype="float32")
+    reference = NoisyMixture(k, name="reference")
     net = keras.Model(inputs, keras.layers.Add()([reference(*inputs), correction(inputs)]), name="reference_net")
     reference.set_weights(mixture.get_weights())
     return net
-
-
-def make_mixture(weights, means, covariances):
-    """A ``NoisyMixture`` in float64, of weights (k,), means (k, d) and covariances (k, d, d)."""
-    mixture = NoisyMixture(len(means), dtype="float64")
-    mixture.build((None, means.shape[1]))
-    variances, axes = np.linalg.eigh(covariances)
-    mixture.set_weights([np.log(weights), means, axes, np.maximum(variances, 0.0)])
-    return mixture
 
 
 def fit_mixture(x, n_components, reg_covar, seed):
@@ -135,56 +88,6 @@ def fit_mixture(x, n_components, reg_covar, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # held-out points decide all the same
         return GaussianMixture(n_components, reg_covar=reg_covar, random_state=seed).fit(x[:MOST_ROWS_TO_FIT])
-
-
-def kernel_log_densities(x, y):
-    """Log densities (bandwidths, m) at points y (m, d) of kernel density estimates on points x (n, d)."""
-    squares, dim = cdist(y, x, "sqeuclidean"), x.shape[1]
-    kernels = ((-squares / (2 * width**2), dim * math.log(width * math.sqrt(2 * math.pi))) for width in BANDWIDTHS)
-    return np.stack([logsumexp(exponents, axis=1) - log_norm for exponents, log_norm in kernels]) - math.log(len(x))
-
-
-def find_share(log_p, log_q):
-    """The share w that makes w p + (1 - w) q most likely, by log densities (n,) at held-out points."""
-    share = 0.5
-    for _ in range(200):  # expectation maximisation, with one more point for each of the two
-        share = (expit(log_p - log_q + math.log(share / (1 - share))).sum() + 1) / (len(log_p) + 2)
-    return share
-
-
-def by_chunks(function, x, size=CHUNK):
-    """Values of ``function`` at points (n, d), in chunks of one size: none depends on how many points there are."""
-    padded = np.pad(x, [(0, -len(x) % size), (0, 0)], mode="edge")
-    parts = [function(tf.constant(padded[i : i + size])) for i in range(0, len(x), size)]
-    return np.concatenate(parts)[: len(x)].astype(np.float64)
-
-
-def draw(mixture, num, noise_std, seed):
-    """Draw points (num, d) of a ``NoisyMixture`` in float64, with noise."""
-    levels = tf.fill([8 * CHUNK, 1], tf.constant(noise_std, tf.float64))
-    keys = (draws.draw_key(seed, "partition", i) for i in range(num // (8 * CHUNK) + 1))
-    return np.concatenate([mixture.sample(levels, key) for key in keys])[:num]
-
-
-def fill(x, noise_std):
-    """Logarithms (n, 1) of one noise level for points x (n, d); minus infinity without noise."""
-    return tf.math.log(tf.fill([len(x), 1], tf.constant(noise_std, x.dtype)))
-
-
-def is_enough(z):
-    """Whether enough of the points that weigh a constant have weight."""
-    return z.effective_sample_size >= SMALLEST_SAMPLE_SIZE
-
-
-def warn_of_steps(X, names):
-    """Warn of columns of X (n, d) whose values repeat and lie in steps of one size."""
-    for name, column in zip(names, X.T, strict=True):
-        values = np.unique(column)
-        steps = np.diff(values) / np.diff(values).min()
-        if 2 * len(values) <= len(column) and len(values) > 2 and np.allclose(steps, np.round(steps), atol=0.01):
-            found = f"the values of column {name} lie in steps of {np.diff(values).min():.4g}"
-            why = "the density of rounded values has no limit, so log densities say little"
-            warnings.warn(f"{found}: {why}; add uniform noise as wide as a step", stacklevel=3)
 
 
 class KeepBest(keras.callbacks.Callback):
@@ -213,8 +116,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     """The density of a table of numbers, in nats and in the units of the table: a scikit-learn estimator.
 
     The columns are whitened. A fifth of the rows, 5000 at most, is held out; for up to 2000 rows, the reference is
-    chosen by each fifth in turn. The likelihood of what is held out chooses the mixture of Gaussians; a kernel density estimate,
-    and its share in the reference; the number of steps of training; the level of the network, and whether its mixture
+    chosen by each fifth in turn. The likelihood of held-out rows chooses the mixture of Gaussians; a kernel density
+    estimate, and its share in the reference; the steps of training; the level of the network, and whether its mixture
     has noise of that level, too; and the share of the network in the density,
 
         share mixture(x) exp(c(x, level)) / Z + (1 - share) reference(x).
@@ -243,12 +146,13 @@ class DensityEstimator(DensityMixin, BaseEstimator):
 
     def fit(self, X, y=None, validation_data=None):
         """Fit the density to the rows of X (n, d); ``validation_data`` (m, d) are to choose by, ``y`` is ignored."""
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)
         for name in ("n_components", "max_steps"):
             if (value := getattr(self, name)) != "auto":
                 checks.check_integer(f'{name}, unless it is "auto",', value, smallest=int(name == "n_components"))
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        x = self._choose_units(X, getattr(self, "feature_names_in_", np.arange(X.shape[1])))
+        self.whitening_ = Whitening(X, getattr(self, "feature_names_in_", np.arange(X.shape[1])))
+        x = self.whitening_.whiten(X)
         crosses = len(x) <= MOST_ROWS_TO_CROSS and x.size * x.shape[1] <= 2e7
         if validation_data is None:
             x = np.random.default_rng(self._seed).permutation(x)
@@ -256,7 +160,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             parts = [slice(i, i + size) for i in range(0, len(x) if crosses else 1, size)]
             folds = [(np.delete(x, part, axis=0), x[part]) for part in parts]
         else:
-            folds = [(x, self._whiten(validate_data(self, validation_data, dtype=np.float64, reset=False)))]
+            folds = [(x, self._whiten(validation_data))]
         self._choose_reference(folds, crosses)
         self.mixture_, self.reference_ = self._make_references(folds[0][0])
         self._train(*folds[0])
@@ -266,7 +170,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
 
     def score_samples(self, X):
         """Log densities (n,) of the rows of X (n, d), in nats."""
-        return by_chunks(self._log_density, self._whiten_checked(X)) + np.linalg.slogdet(self.whitening_)[1]
+        return by_chunks(self._log_density, self._whiten(X)) + self.whitening_.log_det
 
     def score(self, X, y=None):
         """Mean log density of the rows of X (n, d), in nats; ``y`` is ignored."""
@@ -281,10 +185,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
                 log_density = self._log_density(x)
             return tape.gradient(log_density, x)
 
-        x = self._whiten_checked(X)
-        gradient = np.zeros((len(x), self.n_features_in_))
-        gradient[:, self.varies_] = by_chunks(differentiate, x) @ self.whitening_.T
-        return gradient
+        return self.whitening_.pull_back(by_chunks(differentiate, self._whiten(X)))
 
     def sample(self, n_samples=1, random_state=None):
         """Draw rows (n_samples, d); those of the network are points of its mixture, drawn again by their weights."""
@@ -298,55 +199,29 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             log_ratios = self._correct(points, self.level_)
             weights = np.exp(log_ratios - log_ratios.max())
             x = rng.permutation(np.concatenate([x, points[rng.choice(len(points), num, p=weights / weights.sum())]]))
-        X = np.tile(self.constants_, (n_samples, 1))
-        X[:, self.varies_] = self.mean_ + x @ np.linalg.inv(self.whitening_)
-        return X
-
-    def _choose_units(self, X, names):
-        """Learn to whiten X (n, d), and return it whitened."""
-        self.constants_, self.varies_ = X[0].copy(), np.ptp(X, axis=0) > 1e-12 * np.abs(X).max(axis=0)
-        if not self.varies_.any():
-            raise ValueError(f"X must have rows that differ, got {len(X)} alike")
-        if not self.varies_.all():
-            left_out = ", ".join(map(str, names[~self.varies_]))
-            warnings.warn(f"constant columns are left out of the density: {left_out}", stacklevel=3)
-        x = X[:, self.varies_]
-        warn_of_steps(x, names[self.varies_])
-        self.mean_, std = x.mean(axis=0), x.std(axis=0)
-        x = (x - self.mean_) / std
-        # Few rows know little of the narrow directions.
-        covariance = ledoit_wolf(x, assume_centered=True)[0] if len(x) < 5 * x.shape[1] else x.T @ x / len(x)
-        variances, axes = np.linalg.eigh(covariance)
-        if variances[0] < 1e-10:
-            why = "some columns follow from others, so the density has no limit"
-            warnings.warn(f"{why}: directions narrower than 1e-5 standard deviations count as that wide", stacklevel=3)
-        self.whitening_ = axes / np.sqrt(np.maximum(variances, 1e-10)) / std[:, None]
-        return self._whiten(X)
+        return self.whitening_.restore(x)
 
     def _whiten(self, X):
-        return (X[:, self.varies_] - self.mean_) @ self.whitening_
-
-    def _whiten_checked(self, X):
         check_is_fitted(self)
-        return self._whiten(validate_data(self, X, dtype=np.float64, reset=False))
+        return self.whitening_.whiten(validate_data(self, X, dtype=np.float64, reset=False))
 
     def _choose_reference(self, folds, crosses):
         """Choose the mixture, and bandwidth and share of kernels, by the parts held out of folds [(x, held_out)]."""
         counts = COUNTS if self.n_components == "auto" else [self.n_components]
         tried = []
         for reg_covar in REGULARIZERS if crosses else REGULARIZERS[:1]:
-            best = -math.inf
+            means = []
             for count in [k for k in counts if k == counts[0] or 3 * k <= len(folds[0][0])]:
                 settings = count, reg_covar, self._seed
                 scores = np.concatenate([fit_mixture(x, *settings).score_samples(held_out) for x, held_out in folds])
                 tried.append((scores.mean(), scores, settings))
-                if scores.mean() < best - 0.02:
+                means.append(scores.mean())
+                if max(means[-2:]) < max(means) - 0.02:  # two falls in turn
                     break
-                best = max(best, scores.mean())
         _, log_mixture, self._mixture_settings = max(tried, key=lambda each: each[0])
         self.kernel_share_ = 0.0
         if crosses:
-            log_kernels = np.concatenate([kernel_log_densities(*fold) for fold in folds], axis=1)
+            log_kernels = np.concatenate([kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
             best = log_kernels.mean(axis=1).argmax()
             self._bandwidth, self.kernel_share_ = BANDWIDTHS[best], find_share(log_kernels[best], log_mixture)
 
@@ -373,12 +248,12 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         net = build_reference_net(self.mixture_, (128, 128) if len(x) < 5000 else (256, 256, 256), self._seed % 10_000)
         self.dde_ = ReferenceDDE(net, (float(lowest), HIGHEST_LEVEL), seed=self._seed)
         self.dde_.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)))
-        points = draw(self.mixture_, NUM_POINTS // 5, 0.0, self._seed)
+        points = draw(self.mixture_, NUM_POINTS // 4, 0.0, self._seed)
 
         def judge():
             constants = [weigh_up(self._correct(points, level), level) for level in levels[::2]]
-            gains = [self._correct(held_out, z.noise_std).mean() - z.value for z in constants if is_enough(z)]
-            return float(max(gains, default=-math.inf))
+            constants = [z for z in constants if z.effective_sample_size >= SMALLEST_SAMPLE_SIZE]
+            return max((self._correct(held_out, z.noise_std).mean() - z.value for z in constants), default=-math.inf)
 
         callbacks = [KeepBest(judge)]
         if self.verbose:
@@ -398,17 +273,17 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         """Choose the level, and the noise of the mixture, where the constant is the same from both sides."""
         noise, best = np.random.default_rng(self._seed).standard_normal(held_out.shape), -math.inf
         for level, noise_std in [(each, noise_std) for each in levels for noise_std in (0.0, each)]:
-            choice = self._normalise(level, noise_std, held_out + noise_std * noise, NUM_POINTS)
+            choice = self._normalise(level, noise_std, held_out + noise_std * noise, NUM_POINTS // 4)
             log_density = by_chunks(lambda x: self._log_network(x, *choice[:3]), held_out)  # noqa: B023
             if choice[2].is_reliable and log_density.mean() > best:
                 best, best_choice, best_log_density = log_density.mean(), choice, log_density
         if best == -math.inf:
             return
         level, noise_std, z, _ = best_choice
-        num = NUM_POINTS * int(np.clip((z.standard_error / LARGEST_ERROR) ** 2, 1, 10))
+        num = NUM_POINTS * int(np.clip((z.standard_error / LARGEST_ERROR) ** 2 / 4, 1, 10))
         choice = self._normalise(level, noise_std, held_out + noise_std * noise, num)
         self.level_, self.noise_std_, self.log_normalizer_, self.log_normalizer_from_data_ = choice
-        log_reference = by_chunks(lambda x: self.reference_(x, fill(x, 0.0))[:, 0], held_out)
+        log_reference = by_chunks(lambda x: self.reference_(x, log_levels(x, 0.0))[:, 0], held_out)
         self.network_share_ = find_share(best_log_density, log_reference)
 
     def _normalise(self, level, noise_std, noisy_data, num):
@@ -416,19 +291,19 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         z = weigh_up(self._correct(draw(self.mixture_, num, noise_std, self._seed), level), float(level))
         log_weights = -self._correct(noisy_data, level)
         from_data = float(math.log(len(log_weights)) - logsumexp(log_weights))
-        is_reliable = is_enough(z) and abs(z.value - from_data) <= LARGEST_DIFFERENCE
+        is_reliable = z.effective_sample_size >= SMALLEST_SAMPLE_SIZE and abs(z.value - from_data) <= LARGEST_DIFFERENCE
         return float(level), float(noise_std), z._replace(is_reliable=is_reliable), from_data
 
     def _correct(self, x, level):
         """The correction c (n,) at whitened points x (n, d)."""
-        return by_chunks(lambda x: self.dde_.log_ratio(tf.cast(x, tf.float32), level)[:, 0], x, 8 * CHUNK)
+        return by_chunks(lambda x: self.dde_.log_ratio(tf.cast(x, self.dde_.variable_dtype), level)[:, 0], x, 2048)
 
     def _log_network(self, x, level, noise_std, z):
-        log_ratio = self.dde_.log_ratio(tf.cast(x, tf.float32), level)[:, 0]
-        return self.mixture_(x, fill(x, noise_std))[:, 0] + tf.cast(log_ratio, x.dtype) - z.value
+        log_ratio = self.dde_.log_ratio(tf.cast(x, self.dde_.variable_dtype), level)[:, 0]
+        return self.mixture_(x, log_levels(x, noise_std))[:, 0] + tf.cast(log_ratio, x.dtype) - z.value
 
     def _log_density(self, x):
-        log_reference = self.reference_(x, fill(x, 0.0))[:, 0]
+        log_reference = self.reference_(x, log_levels(x, 0.0))[:, 0]
         if self.level_ is None:
             return log_reference
         log_network = self._log_network(x, self.level_, self.noise_std_, self.log_normalizer_)

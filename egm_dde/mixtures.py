@@ -1,0 +1,102 @@
+"""Mixtures of Gaussians with noise, exact at every level, as a layer; what they are made of, and points of them."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+from scipy.spatial.distance import cdist
+from scipy.special import expit, logsumexp
+
+from egm_dde import draws
+from egm_dde.networks import ExactLayer, log_normal, register
+
+
+@register
+class NoisyMixture(ExactLayer):
+    """Log density (batch, 1) of a mixture of Gaussians with noise, sum_k w_k N(y; m_k, C_k + noise_std^2 I).
+
+    Each covariance is kept as its principal axes (d, d), in columns, and the variances (d,) along them, to which noise
+    adds noise_std^2: every level costs the same.
+    """
+
+    options = ("num_components",)
+
+    def __init__(self, num_components, **kwargs):
+        super().__init__(**kwargs)
+        self.num_components = num_components
+
+    def build(self, x_shape, log_noise_std_shape=None):
+        k, d = self.num_components, x_shape[-1]
+        self.add_constants(log_weights=(k,), means=(k, d), axes=(k, d, d), variances=(k, d))
+
+    def call(self, x, log_noise_std):
+        k, d = self.means.shape
+        all_axes = keras.ops.reshape(keras.ops.transpose(self.axes, (1, 0, 2)), (d, k * d))
+        along_axes = keras.ops.reshape(keras.ops.matmul(x, all_axes), (-1, k, d))
+        means = keras.ops.matmul(self.means[:, None], self.axes)[:, 0]  # along the axes of each component, too
+        # In this order: keras.ops.add takes a second argument (batch, 1, 1) for a bias of the columns, if batch = d.
+        variances = keras.ops.exp(2.0 * log_noise_std)[:, :, None] + self.variances  # (batch, k, d)
+        log_densities = keras.ops.sum(log_normal(along_axes, means, variances), axis=-1)
+        return keras.ops.logsumexp(self.log_weights + log_densities, axis=-1, keepdims=True)
+
+    def sample(self, noise_std, key):
+        """Draw a point (batch, d) with noise of each of the levels (batch, 1)."""
+        component_key, noise_key = draws.split(key)
+        shares = tf.cumsum(tf.exp(self.log_weights))
+        places = shares[-1] * draws.uniform([tf.shape(noise_std)[0]], component_key, shares.dtype)
+        k = tf.minimum(tf.searchsorted(shares, places, side="right"), self.num_components - 1)
+        noise = draws.normal([tf.shape(k)[0], self.means.shape[1]], noise_key, noise_std.dtype)
+        along_axes = tf.sqrt(tf.gather(self.variances, k) + noise_std**2) * noise
+        return tf.gather(self.means, k) + tf.linalg.matvec(tf.gather(self.axes, k), along_axes)
+
+
+def make_mixture(weights, means, covariances):
+    """A ``NoisyMixture`` in float64, of weights (k,), means (k, d) and covariances (k, d, d)."""
+    mixture = NoisyMixture(len(means), dtype="float64")
+    mixture.build((None, means.shape[1]))
+    variances, axes = np.linalg.eigh(covariances)
+    mixture.set_weights([np.log(weights), means, axes, np.maximum(variances, 0.0)])
+    return mixture
+
+
+def draw(mixture, n_samples, noise_std, seed):
+    """Draw points (n_samples, d) of a ``NoisyMixture`` in float64, with noise."""
+    levels = tf.fill([2048, 1], tf.constant(noise_std, tf.float64))
+    keys = (draws.draw_key(seed, "partition", i) for i in range(n_samples // len(levels) + 1))
+    return np.concatenate([mixture.sample(levels, key) for key in keys])[:n_samples]
+
+
+def log_levels(x, noise_std):
+    """Logarithms (n, 1) of one noise level for points x (n, d); minus infinity without noise."""
+    return tf.math.log(tf.fill([len(x), 1], tf.constant(noise_std, x.dtype)))
+
+
+def kernel_log_densities(x, y, bandwidths):
+    """Log densities (bandwidths, m) at points y (m, d) of kernel density estimates on points x (n, d).
+
+    Each is a mixture of n equal Gaussians, (1/n) sum_i N(y; x_i, bandwidth^2 I).
+    """
+    exponents, dim = -cdist(y, x, "sqeuclidean") / 2, x.shape[1]
+    log_norms = [dim * math.log(width * math.sqrt(2 * math.pi)) + math.log(len(x)) for width in bandwidths]
+    log_sums = [logsumexp(exponents / width**2, axis=1) for width in bandwidths]
+    return np.stack(log_sums) - np.array(log_norms)[:, None]
+
+
+def find_share(log_p, log_q):
+    """The share w that makes w p + (1 - w) q most likely, by log densities (n,) at held-out points.
+
+    Expectation maximisation finds it, with one more point for each of the two densities: w is never 0 or 1. (Such
+    pools of densities are "stacked", Smyth and Wolpert 1999.)
+    """
+    share = 0.5
+    for _ in range(200):
+        share = (expit(log_p - log_q + math.log(share / (1 - share))).sum() + 1) / (len(log_p) + 2)
+    return share
+
+
+def by_chunks(function, x, size=256):
+    """Values of ``function`` at points (n, d), in chunks of one size: none depends on how many points there are."""
+    padded = np.pad(x, [(0, -len(x) % size), (0, 0)], mode="edge")
+    parts = [function(tf.constant(padded[i : i + size])) for i in range(0, len(x), size)]
+    return np.concatenate(parts)[: len(x)].astype(np.float64)
