@@ -170,7 +170,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
 
     def score_samples(self, X):
         """Log densities (n,) of the rows of X (n, d), in nats."""
-        return by_chunks(self._log_density, self._whiten(X)) + self.whitening_.log_det
+        return self._by_chunks(self._log_density, self._whiten(X)) + self.whitening_.log_det
 
     def score(self, X, y=None):
         """Mean log density of the rows of X (n, d), in nats; ``y`` is ignored."""
@@ -185,7 +185,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
                 log_density = self._log_density(x)
             return tape.gradient(log_density, x)
 
-        return self.whitening_.pull_back(by_chunks(differentiate, self._whiten(X)))
+        return self.whitening_.pull_back(self._by_chunks(differentiate, self._whiten(X)))
 
     def sample(self, n_samples=1, random_state=None):
         """Draw rows (n_samples, d); those of the network are points of its mixture, drawn again by their weights."""
@@ -274,7 +274,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         noise, best = np.random.default_rng(self._seed).standard_normal(held_out.shape), -math.inf
         for level, noise_std in [(each, noise_std) for each in levels for noise_std in (0.0, each)]:
             choice = self._normalise(level, noise_std, held_out + noise_std * noise, NUM_POINTS // 4)
-            log_density = by_chunks(lambda x: self._log_network(x, *choice[:3]), held_out)  # noqa: B023
+            log_density = self._by_chunks(lambda x: self._log_network(x, *choice[:3]), held_out)  # noqa: B023
             if choice[2].is_reliable and log_density.mean() > best:
                 best, best_choice, best_log_density = log_density.mean(), choice, log_density
         if best == -math.inf:
@@ -283,7 +283,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         num = NUM_POINTS * int(np.clip((z.standard_error / LARGEST_ERROR) ** 2 / 4, 1, 10))
         choice = self._normalise(level, noise_std, held_out + noise_std * noise, num)
         self.level_, self.noise_std_, self.log_normalizer_, self.log_normalizer_from_data_ = choice
-        log_reference = by_chunks(lambda x: self.reference_(x, log_levels(x, 0.0))[:, 0], held_out)
+        log_reference = self._by_chunks(lambda x: self.reference_(x, log_levels(x, 0.0))[:, 0], held_out)
         self.network_share_ = find_share(best_log_density, log_reference)
 
     def _normalise(self, level, noise_std, noisy_data, num):
@@ -293,6 +293,10 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         from_data = float(math.log(len(log_weights)) - logsumexp(log_weights))
         is_reliable = z.effective_sample_size >= SMALLEST_SAMPLE_SIZE and abs(z.value - from_data) <= LARGEST_DIFFERENCE
         return float(level), float(noise_std), z._replace(is_reliable=is_reliable), from_data
+
+    def _by_chunks(self, function, x):
+        """``by_chunks``, in chunks that bound the memory of the reference."""
+        return by_chunks(function, x, int(np.clip(2**22 // math.prod(self.reference_.means.shape), 16, 2048)))
 
     def _correct(self, x, level):
         """The correction c (n,) at whitened points x (n, d)."""
