@@ -18,15 +18,15 @@ require_tensorflow()  # before Keras is imported, which chooses its backend then
 import keras
 import numpy as np
 import tensorflow as tf
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from egm_dde import checks, draws, networks
-from egm_dde.mixtures import NoisyMixture, by_chunks, draw, find_share, kernel_log_densities, log_levels, make_mixture
+from egm_dde import checks, draws, mixtures, networks
+from egm_dde.mixtures import by_chunks, draw, log_levels, make_mixture
 from egm_dde.sampling import SMALLEST_SAMPLE_SIZE, weigh_up
 from egm_dde.whitening import Whitening
 from energy_models import DDE
@@ -43,7 +43,7 @@ LARGEST_DIFFERENCE, LARGEST_ERROR = 0.2, 0.01  # in nats: of the constant from b
 
 @networks.register
 class ReferenceDDE(DDE):
-    """A DDE of a range of levels whose network, ``build_reference_net``, is log r_s(y) + c(y, s)."""
+    """A DDE of a range of levels whose network, ``mixtures.build_reference_net``, is log r_s(y) + c(y, s)."""
 
     def denoising_loss(self, x, key, training=False):
         """Eq. 5 with its dual term, as for every DDE, and a contrast of noisy data with noisy points of the reference.
@@ -66,28 +66,12 @@ class ReferenceDDE(DDE):
         return self.net.get_layer("correction")([y, tf.math.log(levels)], training=training)
 
 
-def build_reference_net(mixture, widths=(128, 128), seed=0):
-    """Build the network of a ``ReferenceDDE`` on a ``NoisyMixture`` of points that are about as wide as 1.
-
-    The correction is 0 at first. It has random Fourier features in up to three dimensions.
-    """
-    (k, d), exact = mixture.means.shape, networks.exact_type()
-    inputs = [keras.Input((size,), name=name, dtype=exact) for name, size in (("x", d), ("log_noise_std", 1))]
-    features = networks.RandomFourierFeatures(64, 2.0, seed, data_std=1.0) if d <= 3 else networks.NoiseScaling(1.0)
-    hidden = keras.layers.Concatenate()([features(*inputs), inputs[1]])
-    hidden = networks.stack_dense_layers(hidden, widths, "silu", networks.initializers("GlorotUniform", seed))
-    correction = keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="zeros")(hidden), name="correction")
-    reference = NoisyMixture(k, name="reference")
-    net = keras.Model(inputs, keras.layers.Add()([reference(*inputs), correction(inputs)]), name="reference_net")
-    reference.set_weights(mixture.get_weights())
-    return net
-
-
 def fit_mixture(x, n_components, reg_covar, seed):
     """Fit scikit-learn's mixture to points (n, d), 20,000 of them at most."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # held-out points decide all the same
-        return GaussianMixture(n_components, reg_covar=reg_covar, random_state=seed).fit(x[:MOST_ROWS_TO_FIT])
+        options = {"reg_covar": reg_covar, "n_init": 3 if len(x) <= MOST_ROWS_TO_CROSS else 1, "random_state": seed}
+        return GaussianMixture(n_components, **options).fit(x[:MOST_ROWS_TO_FIT])
 
 
 class KeepBest(keras.callbacks.Callback):
@@ -196,9 +180,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         if num:
             share = self.log_normalizer_.effective_sample_size / self.log_normalizer_.n_samples
             points = draw(self.mixture_, 1000 + int(10 * num / share), self.noise_std_, rng.randint(2**31 - 1))
-            log_ratios = self._correct(points, self.level_)
-            weights = np.exp(log_ratios - log_ratios.max())
-            x = rng.permutation(np.concatenate([x, points[rng.choice(len(points), num, p=weights / weights.sum())]]))
+            chances = softmax(self._correct(points, self.level_))
+            x = rng.permutation(np.concatenate([x, points[rng.choice(len(points), num, p=chances)]]))
         return self.whitening_.restore(x)
 
     def _whiten(self, X):
@@ -221,9 +204,9 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         _, log_mixture, self._mixture_settings = max(tried, key=lambda each: each[0])
         self.kernel_share_ = 0.0
         if crosses:
-            log_kernels = np.concatenate([kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
+            log_kernels = np.concatenate([mixtures.kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
             best = log_kernels.mean(axis=1).argmax()
-            self._bandwidth, self.kernel_share_ = BANDWIDTHS[best], find_share(log_kernels[best], log_mixture)
+            self._bandwidth, self.kernel_share_ = BANDWIDTHS[best], mixtures.find_share(log_kernels[best], log_mixture)
 
     def _make_references(self, x):
         """The mixture fitted to points x (n, d), alone and pooled with kernels, which are Gaussians on the points."""
@@ -245,7 +228,9 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             return
         lowest = np.clip(math.sqrt(np.quantile(self.mixture_.variances, 0.05)) / 2, 0.01, 0.1)
         levels = np.geomspace(lowest, HIGHEST_LEVEL / 2, NUM_LEVELS)
-        net = build_reference_net(self.mixture_, (128, 128) if len(x) < 5000 else (256, 256, 256), self._seed % 10_000)
+        net = mixtures.build_reference_net(
+            self.mixture_, (128, 128) if len(x) < 5000 else (256, 256, 256), self._seed % 10_000
+        )
         self.dde_ = ReferenceDDE(net, (float(lowest), HIGHEST_LEVEL), seed=self._seed)
         self.dde_.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)))
         points = draw(self.mixture_, NUM_POINTS // 4, 0.0, self._seed)
@@ -284,7 +269,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         choice = self._normalise(level, noise_std, held_out + noise_std * noise, num)
         self.level_, self.noise_std_, self.log_normalizer_, self.log_normalizer_from_data_ = choice
         log_reference = self._by_chunks(lambda x: self.reference_(x, log_levels(x, 0.0))[:, 0], held_out)
-        self.network_share_ = find_share(best_log_density, log_reference)
+        self.network_share_ = mixtures.find_share(best_log_density, log_reference)
 
     def _normalise(self, level, noise_std, noisy_data, num):
         """The level and the noise of the mixture, and log Z from ``num`` points of the mixture and from data."""

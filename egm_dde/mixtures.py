@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians with noise, exact at every level, as a layer; what they are made of, and points of them."""
+"""Mixtures of Gaussians with noise: a layer, exact at every level, networks on it, points of it, and other mixtures."""
 
 import math
 
@@ -8,12 +8,11 @@ import tensorflow as tf
 from scipy.spatial.distance import cdist
 from scipy.special import expit, logsumexp
 
-from egm_dde import draws
-from egm_dde.networks import ExactLayer, log_normal, register
+from egm_dde import draws, networks
 
 
-@register
-class NoisyMixture(ExactLayer):
+@networks.register
+class NoisyMixture(networks.ExactLayer):
     """Log density (batch, 1) of a mixture of Gaussians with noise, sum_k w_k N(y; m_k, C_k + noise_std^2 I).
 
     Each covariance is kept as its principal axes (d, d), in columns, and the variances (d,) along them, to which noise
@@ -37,7 +36,7 @@ class NoisyMixture(ExactLayer):
         means = keras.ops.matmul(self.means[:, None], self.axes)[:, 0]  # along the axes of each component, too
         # In this order: keras.ops.add takes a second argument (batch, 1, 1) for a bias of the columns, if batch = d.
         variances = keras.ops.exp(2.0 * log_noise_std)[:, :, None] + self.variances  # (batch, k, d)
-        log_densities = keras.ops.sum(log_normal(along_axes, means, variances), axis=-1)
+        log_densities = keras.ops.sum(networks.log_normal(along_axes, means, variances), axis=-1)
         return keras.ops.logsumexp(self.log_weights + log_densities, axis=-1, keepdims=True)
 
     def sample(self, noise_std, key):
@@ -49,6 +48,23 @@ class NoisyMixture(ExactLayer):
         noise = draws.normal([tf.shape(k)[0], self.means.shape[1]], noise_key, noise_std.dtype)
         along_axes = tf.sqrt(tf.gather(self.variances, k) + noise_std**2) * noise
         return tf.gather(self.means, k) + tf.linalg.matvec(tf.gather(self.axes, k), along_axes)
+
+
+def build_reference_net(mixture, widths=(128, 128), seed=0):
+    """Build the network of a ``ReferenceDDE`` on a ``NoisyMixture`` of points that are about as wide as 1.
+
+    The correction is 0 at first. It has random Fourier features in up to three dimensions.
+    """
+    (k, d), exact = mixture.means.shape, networks.exact_type()
+    inputs = [keras.Input((size,), name=name, dtype=exact) for name, size in (("x", d), ("log_noise_std", 1))]
+    features = networks.RandomFourierFeatures(64, 2.0, seed, data_std=1.0) if d <= 3 else networks.NoiseScaling(1.0)
+    hidden = keras.layers.Concatenate()([features(*inputs), inputs[1]])
+    hidden = networks.stack_dense_layers(hidden, widths, "silu", networks.initializers("GlorotUniform", seed))
+    correction = keras.Model(inputs, keras.layers.Dense(1, kernel_initializer="zeros")(hidden), name="correction")
+    reference = NoisyMixture(k, name="reference")
+    net = keras.Model(inputs, keras.layers.Add()([reference(*inputs), correction(inputs)]), name="reference_net")
+    reference.set_weights(mixture.get_weights())
+    return net
 
 
 def make_mixture(weights, means, covariances):

@@ -23,9 +23,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from small_models import KEY, double_precision
 
-from density_estimator import DensityEstimator, ReferenceDDE, build_reference_net
+from density_estimator import DensityEstimator, ReferenceDDE
 from egm_dde.draws import split
-from egm_dde.mixtures import draw, find_share, kernel_log_densities, log_levels, make_mixture
+from egm_dde.mixtures import build_reference_net, draw, find_share, kernel_log_densities, log_levels, make_mixture
 from egm_dde.whitening import find_step
 from energy_models import DDE
 
