@@ -8,6 +8,7 @@ line of ``ablation.csv``.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("", "examples")]
@@ -92,6 +93,8 @@ VARIANTS = {
     "generator starts at random": {"build_generator": build_wide_generator},
     "one latent a point": {"latents_per_point": 1},
     "both DDEs with the same start and noise": {"fake_seed": 0},
+    "more sources: 4096 real, 1536 generated": {"sources_per_point": (8, 3)},
+    "a generator that can tear": {"build_generator": partial(build_generator, num_jumps=16)},
 }
 
 
@@ -106,6 +109,7 @@ def train(
     build_generator=build_generator,
     dde_class=DDE,
     egm_class=EGM,
+    sources_per_point=(1, 1),  # of both DDEs
     layers=(),  # classes of layers of the energy networks, and those to put in their places
     **options,
 ):
@@ -114,16 +118,18 @@ def train(
     def replace(layer):
         return dict(layers).get(type(layer), type(layer)).from_config(layer.get_config())
 
-    def build_dde(seed):
+    def build_dde(seed, sources_per_point):
         net = build_energy_net(2, isinstance(noise_std, tuple), num_features=num_features, seed=seed)
         if layers:
             net = keras.models.clone_model(net, clone_function=replace)
-        return dde_class(net, noise_std, dual_weight, seed)
+        return dde_class(net, noise_std, dual_weight, seed, sources_per_point)
 
     options = {**train_models.EGM_OPTIONS, **options}
-    model = egm_class(build_dde(seed), build_dde(seed + fake_seed), build_generator(seed=seed), seed=seed, **options)
+    ddes = map(build_dde, (seed, seed + fake_seed), sources_per_point)
+    model = egm_class(*ddes, build_generator(seed=seed), seed=seed, **options)
     train_models.compile_egm(model, steps)
-    model.fit(train_models.make_batches(dataset, seed), steps_per_epoch=steps, verbose=0)
+    batches = train_models.make_batches(dataset, seed).batch(sources_per_point[0])  # (number, batch size, 2)
+    model.fit(batches.map(lambda x: tf.reshape(x, (-1, 2))), steps_per_epoch=steps, verbose=0)
     return model
 
 
@@ -138,8 +144,8 @@ def run(variant, dataset, seed, steps):
     return {"variant": variant, "dataset": dataset, "seed": seed, "steps": steps, **row}
 
 
-def write_table(rows):
-    """Write the means over seeds, for each data set, and their spread."""
+def write_table(rows, is_kept=False):
+    """Write the means over seeds, for each data set, and their spread; kept runs keep their date and machine."""
     datasets = [dataset for dataset in DATASETS if any(row["dataset"] == dataset for row in rows)]
     variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
     tables = []
@@ -152,7 +158,8 @@ def write_table(rows):
         tables.append(report.make_table([title, *(f"`{dataset}`" for dataset in datasets)], lines))
     seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))
     runs = f"Mean (smallest to largest) over seeds {seeds}; {steps} steps."
-    text = "\n\n".join([*tables, f"{runs} {report.describe_run(('tensorflow', 'keras'))}"])
+    line = report.read_run_line("ablation") if is_kept else report.describe_run(("tensorflow", "keras"))
+    text = "\n\n".join([*tables, f"{runs} {line}"])
     report.write_section("ablation", text)
 
 
@@ -171,7 +178,7 @@ def main():
                 for seed in range(arguments.seeds):
                     row = run(variant, dataset, seed, arguments.steps)
                     report.add_row(FILE, row, key=("variant", "dataset", "seed", "steps"))
-    write_table(report.read_rows(FILE))
+    write_table(report.read_rows(FILE), arguments.tables_only)
 
 
 if __name__ == "__main__":
