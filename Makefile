@@ -27,7 +27,7 @@ gifs: $(INSTALLED) ## Train on one data set and write its GIFs (settings: DATASE
 	    $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(OUTPUT_DIR),--output-dir "$(OUTPUT_DIR)")
 
 # Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
-EXAMPLES ?= density_benchmark images
+EXAMPLES ?= density_benchmark images your_data
 examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (three quarters of an hour; settings: EXAMPLES, STEPS, SEED)
 	$(VENV)/bin/python -m egm_dde.notebook $(EXAMPLES:%=examples/%.ipynb)
 

@@ -52,7 +52,7 @@ def mode_counts(notebook):
 # ---------------------------------------------------------------------------------------------- what is kept
 
 
-@pytest.mark.parametrize("name", ["density_benchmark", "images"])
+@pytest.mark.parametrize("name", ["density_benchmark", "images", "your_data"])
 def test_kept_example_is_one_clean_run(name):
     notebook = read(name)
     assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 1_500_000
@@ -80,6 +80,14 @@ def test_kept_table_of_the_published_fault_agrees_with_its_formula():
         assert abs(float(right)) < 1e-6
         if int(dim) <= 8:
             np.testing.assert_allclose(float(measured), float(formula), atol=0.1)
+
+
+def test_kept_table_of_your_data_compares_as_the_notebook_says():
+    notebook = read("your_data")
+    held_out = {row[0]: float(row[1].split()[0]) for row in table(notebook, "density")}
+    assert held_out["DensityEstimator"] > held_out["kernel density"]
+    areas = {row[0]: float(row[-1]) for row in table(notebook, "filled in by")}
+    assert areas["mean of the draws"] < areas["neighbours"] < areas["mean"]
 
 
 def test_kept_images():
@@ -152,3 +160,14 @@ def test_short_images_from_local_files(tmp_path, dataset):
     egm = EGM.load(tmp_path / "examples" / "example_images" / f"{dataset}.keras")
     assert egm.sample(2, seed=0).shape == ((2, 32, 32, 3) if dataset == "celeba" else (2, 28, 28, 3))
     assert ("modes covered" in texts(notebook, "text/markdown")) == (dataset == "stacked_mnist")
+
+
+@pytest.mark.slow
+def test_short_your_data(tmp_path):
+    notebook = run(tmp_path, "your_data", MAX_STEPS=20, NUM_SPLITS=2, SEED=1)
+    check_outputs(notebook)
+    names = ["DensityEstimator", "kernel density", "mixture"]
+    assert [row[0] for row in table(notebook, "density")] == names
+    assert [row[0] for row in table(notebook, "split")] == ["0", "1"]
+    assert [row[0] for row in table(notebook, "filled in by")][-1] == "mean of the draws"
+    assert "turned images are among the 24 lowest" in texts(notebook, "text/plain")
