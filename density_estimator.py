@@ -20,13 +20,20 @@ import numpy as np
 import tensorflow as tf
 from scipy.special import logsumexp, softmax
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from egm_dde import checks, draws, mixtures, networks
-from egm_dde.mixtures import by_chunks, draw, log_levels, make_mixture
+from egm_dde import checks, draws, networks
+from egm_dde.mixtures import (
+    build_reference_net,
+    by_chunks,
+    draw,
+    find_shares,
+    fit_mixture,
+    kernel_log_densities,
+    log_levels,
+    pool,
+)
 from egm_dde.sampling import SMALLEST_SAMPLE_SIZE, weigh_up
 from egm_dde.whitening import Whitening
 from energy_models import DDE
@@ -34,8 +41,8 @@ from energy_models import DDE
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of components, for n_components="auto"
 REGULARIZERS = (1e-6, 1e-3, 1e-2, 0.1)  # of their covariances, in whitened units; the first one alone for many rows
 BANDWIDTHS = np.geomspace(0.05, 1.5, 24)  # of kernels, in whitened units
-NUM_FOLDS, MOST_ROWS_TO_CROSS = 5, 2000  # larger tables have one held-out part, and no kernels
-MOST_ROWS_TO_FIT, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 20_000, 5000, 40
+NUM_FOLDS, MOST_ROWS_TO_CROSS, MOST_NUMBERS_TO_CROSS = 5, 5000, 30_000  # larger tables: one part held out, no kernels
+SMALLEST_SHARE, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 0.01, 5000, 40
 HIGHEST_LEVEL, NUM_LEVELS, BATCH_SIZE, STEPS_BETWEEN_CHECKS = 1.0, 6, 512, 20
 NUM_POINTS = 20_000  # of the reference, which weigh the constant
 LARGEST_DIFFERENCE, LARGEST_ERROR = 0.2, 0.01  # in nats: of the constant from both sides, and of the mean of weights
@@ -43,7 +50,7 @@ LARGEST_DIFFERENCE, LARGEST_ERROR = 0.2, 0.01  # in nats: of the constant from b
 
 @networks.register
 class ReferenceDDE(DDE):
-    """A DDE of a range of levels whose network, ``mixtures.build_reference_net``, is log r_s(y) + c(y, s)."""
+    """A DDE of a range of levels whose network, ``build_reference_net``, is log r_s(y) + c(y, s)."""
 
     def denoising_loss(self, x, key, training=False):
         """Eq. 5 with its dual term, as for every DDE, and a contrast of noisy data with noisy points of the reference.
@@ -64,14 +71,6 @@ class ReferenceDDE(DDE):
         """The correction c(y, noise_std) (batch, 1), at one level or levels (batch, 1)."""
         levels = tf.broadcast_to(tf.cast(noise_std, y.dtype), (tf.shape(y)[0], 1))
         return self.net.get_layer("correction")([y, tf.math.log(levels)], training=training)
-
-
-def fit_mixture(x, n_components, reg_covar, seed):
-    """Fit scikit-learn's mixture to points (n, d), 20,000 of them at most."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # held-out points decide all the same
-        options = {"reg_covar": reg_covar, "n_init": 3 if len(x) <= MOST_ROWS_TO_CROSS else 1, "random_state": seed}
-        return GaussianMixture(n_components, **options).fit(x[:MOST_ROWS_TO_FIT])
 
 
 class KeepBest(keras.callbacks.Callback):
@@ -99,10 +98,10 @@ class KeepBest(keras.callbacks.Callback):
 class DensityEstimator(DensityMixin, BaseEstimator):
     """The density of a table of numbers, in nats and in the units of the table: a scikit-learn estimator.
 
-    The columns are whitened. A fifth of the rows, 5000 at most, is held out; for up to 2000 rows, the reference is
-    chosen by each fifth in turn. The likelihood of held-out rows chooses the mixture of Gaussians; a kernel density
-    estimate, and its share in the reference; the steps of training; the level of the network, and whether its mixture
-    has noise of that level, too; and the share of the network in the density,
+    The columns are whitened. A fifth of the rows, 5000 at most, is held out; in small tables, each fifth in turn. The
+    reference pools mixtures of Gaussians of many sizes, fitted to the rest, and a kernel density estimate, in shares
+    that make the held-out rows most likely. These also choose the steps of training, on the best mixture; the level of
+    the network, and whether its mixture has noise of that level, too; and the share of the network in the density,
 
         share mixture(x) exp(c(x, level)) / Z + (1 - share) reference(x).
 
@@ -110,7 +109,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     that are held out. Where these differ by more than 0.2 nats, a level is not chosen.
 
     Args:
-        n_components: number of components of the mixture; "auto" chooses among 1 to 48.
+        n_components: number of components of the mixtures; "auto" tries 1 to 48.
         max_steps: most steps of training; 0 trains no network, "auto" is 500 to 6000, the more the more rows.
         random_state, verbose: as in scikit-learn; verbose shows a progress bar.
 
@@ -137,7 +136,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.whitening_ = Whitening(X, getattr(self, "feature_names_in_", np.arange(X.shape[1])))
         x = self.whitening_.whiten(X)
-        crosses = len(x) <= MOST_ROWS_TO_CROSS and x.size * x.shape[1] <= 2e7
+        crosses = len(x) <= MOST_ROWS_TO_CROSS and x.size <= MOST_NUMBERS_TO_CROSS
         if validation_data is None:
             x = np.random.default_rng(self._seed).permutation(x)
             size = min(-(-len(x) // NUM_FOLDS), MOST_ROWS_HELD_OUT)
@@ -145,11 +144,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             folds = [(np.delete(x, part, axis=0), x[part]) for part in parts]
         else:
             folds = [(x, self._whiten(validation_data))]
-        self._choose_reference(folds, crosses)
-        self.mixture_, self.reference_ = self._make_references(folds[0][0])
-        self._train(*folds[0])
-        if validation_data is None:
-            _, self.reference_ = self._make_references(x)
+        self._train(*folds[0], self._choose_reference(x, folds, crosses))
         return self
 
     def score_samples(self, X):
@@ -188,38 +183,39 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         return self.whitening_.whiten(validate_data(self, X, dtype=np.float64, reset=False))
 
-    def _choose_reference(self, folds, crosses):
-        """Choose the mixture, and bandwidth and share of kernels, by the parts held out of folds [(x, held_out)]."""
+    def _choose_reference(self, x, folds, crosses):
+        """Fit mixtures to the folds [(points, held_out)] of points x (n, d), and pool them, and kernels on the points.
+
+        Returns the pool of the first fold, which has not seen its held-out part; ``reference_`` is that of all folds.
+        """
         counts = COUNTS if self.n_components == "auto" else [self.n_components]
-        tried = []
+        fits, log_densities = [], []  # of each setting: a mixture for each fold; values where they were not fitted
         for reg_covar in REGULARIZERS if crosses else REGULARIZERS[:1]:
             means = []
             for count in [k for k in counts if k == counts[0] or 3 * k <= len(folds[0][0])]:
-                settings = count, reg_covar, self._seed
-                scores = np.concatenate([fit_mixture(x, *settings).score_samples(held_out) for x, held_out in folds])
-                tried.append((scores.mean(), scores, settings))
-                means.append(scores.mean())
-                if max(means[-2:]) < max(means) - 0.02:  # two falls in turn
+                fits.append([fit_mixture(points, count, reg_covar, self._seed) for points, _ in folds])
+                pairs = zip(fits[-1], folds, strict=True)
+                log_densities.append(np.concatenate([fit.score_samples(held_out) for fit, (_, held_out) in pairs]))
+                means.append(log_densities[-1].mean())
+                if max(means[-2:]) < max(means) - 0.1:  # two falls in turn
                     break
-        _, log_mixture, self._mixture_settings = max(tried, key=lambda each: each[0])
-        self.kernel_share_ = 0.0
+        best_fit = fits[np.argmax(np.mean(log_densities, axis=1))][0]
+        bandwidth = None
         if crosses:
-            log_kernels = np.concatenate([mixtures.kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
-            best = log_kernels.mean(axis=1).argmax()
-            self._bandwidth, self.kernel_share_ = BANDWIDTHS[best], mixtures.find_share(log_kernels[best], log_mixture)
+            of_kernels = np.concatenate([kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
+            best = of_kernels.mean(axis=1).argmax()
+            log_densities.append(of_kernels[best])
+            bandwidth = BANDWIDTHS[best]
+        shares = find_shares(np.array(log_densities))
+        shares = np.where(shares < SMALLEST_SHARE, 0.0, shares)
+        *shares, self.kernel_share_ = [*shares / shares.sum(), *([] if crosses else [0.0])]
+        used = [(each, share) for each, share in zip(fits, shares, strict=True) if share]
+        kernels = x, self.kernel_share_, bandwidth
+        self.mixture_ = pool([(best_fit, 1.0)])
+        self.reference_ = pool([(fit, share / len(each)) for each, share in used for fit in each], *kernels)
+        return pool([(each[0], share) for each, share in used], folds[0][0], *kernels[1:])
 
-    def _make_references(self, x):
-        """The mixture fitted to points x (n, d), alone and pooled with kernels, which are Gaussians on the points."""
-        mixture = fit_mixture(x, *self._mixture_settings)
-        parts, share = (mixture.weights_, mixture.means_, mixture.covariances_), self.kernel_share_
-        if not share:
-            return 2 * [make_mixture(*parts)]
-        covariances = np.tile(self._bandwidth**2 * np.eye(x.shape[1]), (len(x), 1, 1))
-        weights = np.append((1 - share) * parts[0], np.full(len(x), share / len(x)))
-        pooled = weights, np.concatenate([parts[1], x]), np.concatenate([parts[2], covariances])
-        return make_mixture(*parts), make_mixture(*pooled)
-
-    def _train(self, x, held_out):
+    def _train(self, x, held_out, reference):
         """Train the network on points x (n, d); choose its level and share by those held out (m, d)."""
         self.level_ = self.noise_std_ = self.dde_ = self.log_normalizer_ = self.log_normalizer_from_data_ = None
         self.network_share_, self.history_ = 0.0, []
@@ -228,9 +224,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             return
         lowest = np.clip(math.sqrt(np.quantile(self.mixture_.variances, 0.05)) / 2, 0.01, 0.1)
         levels = np.geomspace(lowest, HIGHEST_LEVEL / 2, NUM_LEVELS)
-        net = mixtures.build_reference_net(
-            self.mixture_, (128, 128) if len(x) < 5000 else (256, 256, 256), self._seed % 10_000
-        )
+        net = build_reference_net(self.mixture_, (128, 128) if len(x) < 5000 else (256, 256, 256), self._seed % 10_000)
         self.dde_ = ReferenceDDE(net, (float(lowest), HIGHEST_LEVEL), seed=self._seed)
         self.dde_.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-3, steps)))
         points = draw(self.mixture_, NUM_POINTS // 4, 0.0, self._seed)
@@ -252,9 +246,9 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             self.dde_.fit(rows, epochs=-(-steps // STEPS_BETWEEN_CHECKS), callbacks=callbacks, **options)
         self.history_ = callbacks[0].checks
         if callbacks[0].best_step:
-            self._choose_level(levels, held_out)
+            self._choose_level(levels, held_out, reference)
 
-    def _choose_level(self, levels, held_out):
+    def _choose_level(self, levels, held_out, reference):
         """Choose the level, and the noise of the mixture, where the constant is the same from both sides."""
         noise, best = np.random.default_rng(self._seed).standard_normal(held_out.shape), -math.inf
         for level, noise_std in [(each, noise_std) for each in levels for noise_std in (0.0, each)]:
@@ -268,8 +262,8 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         num = NUM_POINTS * int(np.clip((z.standard_error / LARGEST_ERROR) ** 2 / 4, 1, 10))
         choice = self._normalise(level, noise_std, held_out + noise_std * noise, num)
         self.level_, self.noise_std_, self.log_normalizer_, self.log_normalizer_from_data_ = choice
-        log_reference = self._by_chunks(lambda x: self.reference_(x, log_levels(x, 0.0))[:, 0], held_out)
-        self.network_share_ = mixtures.find_share(best_log_density, log_reference)
+        log_reference = self._by_chunks(lambda x: reference(x, log_levels(x, 0.0))[:, 0], held_out)
+        self.network_share_ = float(find_shares(np.array([best_log_density, log_reference]))[0])
 
     def _normalise(self, level, noise_std, noisy_data, num):
         """The level and the noise of the mixture, and log Z from ``num`` points of the mixture and from data."""

@@ -1,14 +1,20 @@
 """Mixtures of Gaussians with noise: a layer, exact at every level, networks on it, points of it, and other mixtures."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 from scipy.spatial.distance import cdist
-from scipy.special import expit, logsumexp
+from scipy.special import logsumexp, softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
 
 from egm_dde import draws, networks
+
+MOST_ROWS_TO_FIT = 20_000
 
 
 @networks.register
@@ -67,6 +73,13 @@ def build_reference_net(mixture, widths=(128, 128), seed=0):
     return net
 
 
+def fit_mixture(x, n_components, reg_covar, seed):
+    """Fit scikit-learn's mixture to points (n, d), 20,000 of them at most."""
+    with warnings.catch_warnings(), threadpool_limits(1):  # the matrices are small: threads would wait for each other
+        warnings.simplefilter("ignore", ConvergenceWarning)  # held-out points decide all the same
+        return GaussianMixture(n_components, reg_covar=reg_covar, random_state=seed).fit(x[:MOST_ROWS_TO_FIT])
+
+
 def make_mixture(weights, means, covariances):
     """A ``NoisyMixture`` in float64, of weights (k,), means (k, d) and covariances (k, d, d)."""
     mixture = NoisyMixture(len(means), dtype="float64")
@@ -74,6 +87,15 @@ def make_mixture(weights, means, covariances):
     variances, axes = np.linalg.eigh(covariances)
     mixture.set_weights([np.log(weights), means, axes, np.maximum(variances, 0.0)])
     return mixture
+
+
+def pool(fits_and_shares, x=None, kernel_share=0.0, bandwidth=1.0):
+    """Pool scikit-learn's mixtures by their shares, and kernels on points x (n, d), in one ``NoisyMixture``."""
+    parts = [(share * fit.weights_, fit.means_, fit.covariances_) for fit, share in fits_and_shares]
+    if kernel_share:
+        covariances = np.tile(bandwidth**2 * np.eye(x.shape[1]), (len(x), 1, 1))
+        parts.append((np.full(len(x), kernel_share / len(x)), x, covariances))
+    return make_mixture(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def draw(mixture, n_samples, noise_std, seed):
@@ -99,16 +121,17 @@ def kernel_log_densities(x, y, bandwidths):
     return np.stack(log_sums) - np.array(log_norms)[:, None]
 
 
-def find_share(log_p, log_q):
-    """The share w that makes w p + (1 - w) q most likely, by log densities (n,) at held-out points.
+def find_shares(log_densities):
+    """The shares (k,) with which to pool densities, by their logarithms (k, n) at points that they were not fitted to.
 
-    Expectation maximisation finds it, with one more point for each of the two densities: w is never 0 or 1. (Such
-    pools of densities are "stacked", Smyth and Wolpert 1999.)
+    They make the pool most likely, with one more point that is dealt out evenly: so none is 0. Expectation maximisation
+    finds them. (Such pools are "stacked", Smyth and Wolpert 1999.)
     """
-    share = 0.5
-    for _ in range(200):
-        share = (expit(log_p - log_q + math.log(share / (1 - share))).sum() + 1) / (len(log_p) + 2)
-    return share
+    shares = np.full((len(log_densities), 1), 1 / len(log_densities))
+    for _ in range(300):
+        expected = softmax(log_densities + np.log(shares), axis=0).sum(axis=1, keepdims=True)
+        shares = (expected + 1 / len(shares)) / (log_densities.shape[1] + 1)
+    return shares[:, 0]
 
 
 def by_chunks(function, x, size=256):

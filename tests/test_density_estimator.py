@@ -25,7 +25,7 @@ from small_models import KEY, double_precision
 
 from density_estimator import DensityEstimator, ReferenceDDE
 from egm_dde.draws import split
-from egm_dde.mixtures import build_reference_net, draw, find_share, kernel_log_densities, log_levels, make_mixture
+from egm_dde.mixtures import build_reference_net, draw, find_shares, kernel_log_densities, log_levels, make_mixture
 from egm_dde.whitening import find_step
 from energy_models import DDE
 
@@ -110,8 +110,8 @@ def test_the_share_is_the_most_likely_one():
     rng = np.random.default_rng(0)
     points = np.where(rng.random(5000) < 0.3, rng.normal(-1, 0.5, 5000), rng.normal(1, 1, 5000))
     log_p, log_q = stats.norm(-1, 0.5).logpdf(points), stats.norm(1, 1).logpdf(points)
-    assert find_share(log_p, log_q) == pytest.approx(0.3, abs=0.02)
-    assert 0 < find_share(log_q - 100, log_q) < 0.001
+    assert find_shares(np.array([log_p, log_q])) == pytest.approx([0.3, 0.7], abs=0.02)
+    assert 0 < find_shares(np.array([log_q - 100, log_q]))[0] < 0.001
 
 
 # ---------------------------------------------------------------------------------------------- the contrast
