@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from sklearn.mixture import GaussianMixture
 
 from egm_dde.evaluation import density_metrics, minimum_denoising_loss, mode_shares, sample_metrics
 from utils import distances_to_modes, noisy_density_2d, sample_2d_data
@@ -53,6 +54,13 @@ def test_snippet_estimates_the_density_of_data_in_any_units(monkeypatch, tmp_pat
     fresh = 500 + 30 * sample_2d_data("2spirals", 10_000, rng=1)
     # A network that has learned nothing has a loss of 1.
     assert names["dde"].evaluate(fresh, batch_size=10_000, verbose=0) < (1 + minimum) / 2
+
+
+def test_snippet_estimates_the_density_of_a_table():
+    names = run_snippet(3)
+    one_gaussian = GaussianMixture().fit(names["x"]).score(names["x"])
+    assert names["log_densities"].shape == (178,)
+    assert names["log_densities"].mean() > one_gaussian
 
 
 def test_snippet_trains_saves_and_serves(monkeypatch, tmp_path):
