@@ -28,7 +28,7 @@ gifs: $(INSTALLED) ## Train on one data set and write its GIFs (settings: DATASE
 
 # Settings as above; those of a notebook stand in its parameters cell: make examples STEPS=500 SEED=1
 EXAMPLES ?= density_benchmark images your_data
-examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (three quarters of an hour; settings: EXAMPLES, STEPS, SEED)
+examples: $(INSTALLED) ## Execute the notebooks in examples/ in place (half an hour; settings: EXAMPLES, STEPS, SEED)
 	$(VENV)/bin/python -m egm_dde.notebook $(EXAMPLES:%=examples/%.ipynb)
 
 models: $(INSTALLED) ## Train the ready-made models in example_models/ (ten minutes)
@@ -85,7 +85,7 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 REQUIREMENTS := requirements-library.txt requirements-pictures.txt
-$(INSTALLED): $(REQUIREMENTS) requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
+$(INSTALLED): $(REQUIREMENTS) requirements-tables.txt requirements.txt tests/requirements.txt constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/python -m pip install --disable-pip-version-check \
 	    -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	@touch $@

@@ -144,7 +144,8 @@ def bar_values(folder, address, browser, screenshots):
     wait_for(lambda: "[*]:" in observe(browser, training)["prompts"], 20)
     wait_for(has_ended, 900, lambda: observe(browser, training))
     state = observe(browser, training)
-    assert all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in state["prompts"]), state["red_text"]
+    folded, *prompts = state["prompts"]
+    assert folded == "" and all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in prompts), state["red_text"]
     choose(browser, "File", "Save Notebook")
     wait_for(lambda: browser.execute_script("return !document.querySelector('.jp-mod-dirty')"), 20)
     return values
