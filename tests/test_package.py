@@ -66,7 +66,7 @@ def test_the_wheel_has_the_method_and_the_machinery_alone(wheel):
     assert {name.split("/")[1] for name in names if name.startswith("egm_dde/")} == files
     needed = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
     assert {name.split("<")[0] for name in needed} == {
-        *("tensorflow", "keras", "numpy", "scipy", "matplotlib", "imageio", "pillow", "scikit-learn")
+        *("tensorflow", "keras", "numpy", "scipy", "matplotlib", "imageio", "pillow", "scikit-learn", "threadpoolctl")
     }
 
 
