@@ -172,7 +172,7 @@ def make_films(dataset, folder, seed=0):
 
 def draw_gallery(models):
     """Draw exact density, learned density and samples of models, a dict by data set, as a Matplotlib figure."""
-    figure = Figure(figsize=(3 * len(models), 9.4), layout="constrained")
+    figure = Figure(figsize=(3 * len(models), 9.8), layout="constrained")
     axes = figure.subplots(3, len(models))
     for ax, label in zip(axes[:, 0], ("exact density", "real DDE", "samples"), strict=True):
         ax.set_ylabel(label)
@@ -210,7 +210,7 @@ def main():
         models[dataset] = train_egm(dataset, arguments.seed, arguments.epochs)
         save_without_optimizers(models[dataset], FOLDER / f"{dataset}.keras")
         print(f"{dataset}: trained", flush=True)
-    draw_gallery(models).savefig(FOLDER / "gallery.png", dpi=70)
+    draw_gallery(models).savefig(FOLDER / "gallery.png", dpi=120)
 
 
 if __name__ == "__main__":
