@@ -66,7 +66,8 @@ def test_kept_tables_of_the_benchmark():
     for kind, *cells in table(notebook, "density"):
         for cell in cells:
             error, standard_error = map(float, cell.split(" ± "))
-            assert -0.5 < error < 3 * standard_error + 1e-3, (kind, error)
+            # Fitting five Gaussians in 63 dimensions to 10,000 rows costs 0.52 nats: at most twice that.
+            assert -1.04 < error < 3 * standard_error + 1e-3, (kind, error)
     for _, kernels, mixture, *_, ours, _ in table(notebook, "table"):
         (kernels, _), (mixture, _), (ours, error) = (map(float, cell.split(" ± ")) for cell in (kernels, mixture, ours))
         assert ours > max(kernels, mixture) - 0.05 - error
