@@ -158,8 +158,7 @@ def write_table(rows, is_kept=False):
         tables.append(report.make_table([title, *(f"`{dataset}`" for dataset in datasets)], lines))
     seeds, steps = (", ".join(sorted({row[name] for row in rows})) for name in ("seed", "steps"))
     runs = f"Mean (smallest to largest) over seeds {seeds}; {steps} steps."
-    line = report.read_run_line("ablation") if is_kept else report.describe_run(("tensorflow", "keras"))
-    text = "\n\n".join([*tables, f"{runs} {line}"])
+    text = "\n\n".join([*tables, f"{runs} {report.find_run_line('ablation', ('tensorflow', 'keras'), is_kept)}"])
     report.write_section("ablation", text)
 
 

@@ -329,8 +329,8 @@ def write_results(arguments):
     counts = " or ".join(f"{count:,}" for count in np.unique(rows["samples"]))
     runs = f"Seeds: {seeds}; {rows['budget'][0]:.0f} CPU seconds of training; {counts} generated points. "
     path = arguments.folder / "README.md"
-    is_kept, packages = arguments.tables_only, ["tensorflow", "torch", "zuko", "flow_matching"]
-    runs += report.read_run_line("peers", path) if is_kept else report.describe_run(packages)
+    packages = ["tensorflow", "torch", "zuko", "flow_matching"]
+    runs += report.find_run_line("peers", packages, arguments.tables_only, path)
     text += (
         f"\nSampling of a million points; evaluations of a network for each point; means (smallest to largest). {runs}"
     )

@@ -187,6 +187,7 @@ def plot(runs, path):
 
 def write_results(arguments):
     """Write picture and table of the rows in the csv file."""
+    path = arguments.folder / "README.md"
     rows = np.genfromtxt(arguments.folder / CSV, delimiter=",", names=True, dtype=None, encoding="utf-8")
     rows = rows[rows["dataset"] == arguments.dataset]
     runs = {recipe: rows[rows["recipe"] == recipe] for recipe in RECIPES if recipe in rows["recipe"]}
@@ -206,9 +207,9 @@ def write_results(arguments):
         f"{report.make_table(['', 'Untrained', 'Best', 'after (s)', 'Last', 'after (s)'], table)}\n\n"
         f"Mean (smallest to largest) over the seeds. Real samples: TV {rows['sample_tv_floor'].mean():.3f}, KL "
         f"{rows['sample_kl_floor'].mean():.3f}. Data set {arguments.dataset}; seeds x steps: {steps}. "
-        f"{report.describe_run(['tensorflow', 'keras'])}"
+        f"{report.find_run_line('published recipe', ['tensorflow', 'keras'], arguments.tables_only, path)}"
     )
-    report.write_section("published recipe", text, arguments.folder / "README.md")
+    report.write_section("published recipe", text, path)
 
 
 def main():

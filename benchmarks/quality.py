@@ -93,8 +93,7 @@ def main():
     for seed in [] if arguments.tables_only else arguments.seeds:
         for dataset in arguments.datasets:
             report.add_row(FILE, run(dataset, seed), key=("dataset", "seed"))
-    is_kept, packages = arguments.tables_only, ["tensorflow", "keras", "numpy"]
-    run_line = report.read_run_line("quality") if is_kept else report.describe_run(packages)
+    run_line = report.find_run_line("quality", ["tensorflow", "keras", "numpy"], arguments.tables_only)
     write_results(report.read_rows(FILE), run_line)
 
 

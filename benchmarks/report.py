@@ -36,6 +36,11 @@ def read_run_line(section, path=FOLDER / "README.md"):
     return " ".join(lines[0].split())
 
 
+def find_run_line(section, packages, is_kept, path=FOLDER / "README.md"):
+    """Return the line with date and machine for a section: of this run, or, of a table of kept runs, the old one."""
+    return read_run_line(section, path) if is_kept else describe_run(packages)
+
+
 def make_table(header, rows):
     """Return a Markdown table; all columns but the first are aligned to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
