@@ -18,7 +18,7 @@ require_tensorflow()  # before Keras is imported, which chooses its backend then
 import keras
 import numpy as np
 import tensorflow as tf
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -208,12 +208,13 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             bandwidth = BANDWIDTHS[best]
         shares = find_shares(np.array(log_densities))
         shares = np.where(shares < SMALLEST_SHARE, 0.0, shares)
-        *shares, self.kernel_share_ = [*shares / shares.sum(), *([] if crosses else [0.0])]
-        used = [(each, share) for each, share in zip(fits, shares, strict=True) if share]
-        kernels = x, self.kernel_share_, bandwidth
+        shares /= shares.sum()
+        self.kernel_share_ = float(shares[-1]) if crosses else 0.0
+        used = [(each, share) for each, share in zip(fits, shares, strict=False) if share]  # the kernels come last
         self.mixture_ = pool([(best_fit, 1.0)])
-        self.reference_ = pool([(fit, share / len(each)) for each, share in used for fit in each], *kernels)
-        return pool([(each[0], share) for each, share in used], folds[0][0], *kernels[1:])
+        kernels = self.kernel_share_, bandwidth
+        self.reference_ = pool([(fit, share / len(each)) for each, share in used for fit in each], x, *kernels)
+        return pool([(each[0], share) for each, share in used], folds[0][0], *kernels)
 
     def _train(self, x, held_out, reference):
         """Train the network on points x (n, d); choose its level and share by those held out (m, d)."""
@@ -253,8 +254,10 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         noise, best = np.random.default_rng(self._seed).standard_normal(held_out.shape), -math.inf
         for level, noise_std in [(each, noise_std) for each in levels for noise_std in (0.0, each)]:
             choice = self._normalise(level, noise_std, held_out + noise_std * noise, NUM_POINTS // 4)
+            if not choice[2].is_reliable:
+                continue
             log_density = self._by_chunks(lambda x: self._log_network(x, *choice[:3]), held_out)  # noqa: B023
-            if choice[2].is_reliable and log_density.mean() > best:
+            if log_density.mean() > best:
                 best, best_choice, best_log_density = log_density.mean(), choice, log_density
         if best == -math.inf:
             return
@@ -268,8 +271,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     def _normalise(self, level, noise_std, noisy_data, num):
         """The level and the noise of the mixture, and log Z from ``num`` points of the mixture and from data."""
         z = weigh_up(self._correct(draw(self.mixture_, num, noise_std, self._seed), level), float(level))
-        log_weights = -self._correct(noisy_data, level)
-        from_data = float(math.log(len(log_weights)) - logsumexp(log_weights))
+        from_data = -weigh_up(-self._correct(noisy_data, level), float(level)).value
         is_reliable = z.effective_sample_size >= SMALLEST_SAMPLE_SIZE and abs(z.value - from_data) <= LARGEST_DIFFERENCE
         return float(level), float(noise_std), z._replace(is_reliable=is_reliable), from_data
 

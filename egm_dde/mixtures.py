@@ -134,7 +134,7 @@ def find_shares(log_densities):
     return shares[:, 0]
 
 
-def by_chunks(function, x, size=256):
+def by_chunks(function, x, size):
     """Values of ``function`` at points (n, d), in chunks of one size: none depends on how many points there are."""
     padded = np.pad(x, [(0, -len(x) % size), (0, 0)], mode="edge")
     parts = [function(tf.constant(padded[i : i + size])) for i in range(0, len(x), size)]
