@@ -25,11 +25,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from egm_dde import checks, draws, networks
 from egm_dde.mixtures import (
+    COUNTS,
+    REGULARIZERS,
+    SUBSPACE_DIMS,
     build_reference_net,
     by_chunks,
     draw,
     find_shares,
-    fit_mixture,
+    fit_candidates,
     kernel_log_densities,
     log_levels,
     pool,
@@ -38,8 +41,6 @@ from egm_dde.sampling import SMALLEST_SAMPLE_SIZE, weigh_up
 from egm_dde.whitening import Whitening
 from energy_models import DDE
 
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of components, for n_components="auto"
-REGULARIZERS = (1e-6, 1e-3, 1e-2, 0.1)  # of their covariances, in whitened units; the first one alone for many rows
 BANDWIDTHS = np.geomspace(0.05, 1.5, 24)  # of kernels, in whitened units
 NUM_FOLDS, MOST_ROWS_TO_CROSS, MOST_NUMBERS_TO_CROSS = 5, 5000, 30_000  # larger tables: one part held out, no kernels
 SMALLEST_SHARE, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 0.01, 5000, 40
@@ -189,24 +190,16 @@ class DensityEstimator(DensityMixin, BaseEstimator):
         Returns the pool of the first fold, which has not seen its held-out part; ``reference_`` is that of all folds.
         """
         counts = COUNTS if self.n_components == "auto" else [self.n_components]
-        fits, log_densities = [], []  # of each setting: a mixture for each fold; values where they were not fitted
-        for reg_covar in REGULARIZERS if crosses else REGULARIZERS[:1]:
-            means = []
-            for count in [k for k in counts if k == counts[0] or 3 * k <= len(folds[0][0])]:
-                fits.append([fit_mixture(points, count, reg_covar, self._seed) for points, _ in folds])
-                pairs = zip(fits[-1], folds, strict=True)
-                log_densities.append(np.concatenate([fit.score_samples(held_out) for fit, (_, held_out) in pairs]))
-                means.append(log_densities[-1].mean())
-                if max(means[-2:]) < max(means) - 0.1:  # two falls in turn
-                    break
-        best_fit = fits[np.argmax(np.mean(log_densities, axis=1))][0]
+        kinds = (REGULARIZERS, ()) if crosses else (REGULARIZERS[:1], SUBSPACE_DIMS)  # few rows choose among fewer
+        fits, log_densities = fit_candidates(folds, counts, *kinds, self._seed)
+        best_fit = fits[log_densities.mean(axis=1).argmax()][0]
         bandwidth = None
         if crosses:
             of_kernels = np.concatenate([kernel_log_densities(*fold, BANDWIDTHS) for fold in folds], axis=1)
             best = of_kernels.mean(axis=1).argmax()
-            log_densities.append(of_kernels[best])
+            log_densities = np.concatenate([log_densities, of_kernels[best : best + 1]])
             bandwidth = BANDWIDTHS[best]
-        shares = find_shares(np.array(log_densities))
+        shares = find_shares(log_densities)
         shares = np.where(shares < SMALLEST_SHARE, 0.0, shares)
         shares /= shares.sum()
         self.kernel_share_ = float(shares[-1]) if crosses else 0.0

@@ -14,6 +14,10 @@ from threadpoolctl import threadpool_limits
 
 from egm_dde import draws, networks
 
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of components
+REGULARIZERS = (1e-6, 1e-2)  # of covariances
+STRENGTHS = (0.0, 1.0, 4.0, math.inf)  # with which covariances are drawn to their mean
+SUBSPACE_DIMS = (1, 2, 4, 8, 16)
 MOST_ROWS_TO_FIT = 20_000
 
 
@@ -73,11 +77,89 @@ def build_reference_net(mixture, widths=(128, 128), seed=0):
     return net
 
 
+def fit_candidates(folds, counts, regularizers, subspace_dims, seed):  # noqa: D417
+    """Fit mixtures of many kinds to points whose covariance is I, each with more components until that no longer helps.
+
+    Components have covariances of their own; or these, drawn to their mean; or they differ in few directions alone,
+    those in which the components of the best mixture so far differ most, and are N(0, I) in all others.
+
+    Args:
+        folds: pairs of points (n, d) to fit to, and points that are held out.
+        counts, regularizers: numbers of components, and what is added to the diagonal of their covariances.
+        subspace_dims: numbers of directions in which components differ, for mixtures of that kind.
+
+    Returns:
+        Candidates, each a list with a scikit-learn mixture for each fold; their log densities (candidates, m) at the
+        points that are held out.
+    """
+    candidates, log_densities = [], []
+    n, d = folds[0][0].shape
+
+    def judge(candidate):
+        candidates.append(candidate)
+        pairs = zip(candidate, folds, strict=True)
+        log_densities.append(np.concatenate([fit.score_samples(held_out) for fit, (_, held_out) in pairs]))
+        return log_densities[-1].mean()
+
+    def try_counts(fit_folds, strengths):
+        means = []
+        for count in [k for k in counts if k == counts[0] or 3 * k <= n]:
+            fits = fit_folds(count)
+            means.append(
+                max(judge([shrink(fit, each, n) for fit in fits]) for each in strengths[: 1 if count == 1 else None])
+            )
+            if max(means[-2:]) < max(means) - 0.1:  # two falls in turn
+                break
+
+    for reg_covar in regularizers:
+        try_counts(lambda count: [fit_mixture(x, count, reg_covar, seed) for x, _ in folds], STRENGTHS)  # noqa: B023
+    best = candidates[np.argmax(np.mean(log_densities, axis=1))]
+    pairs = [(x, find_differences(fit)) for (x, _), fit in zip(folds, best, strict=True)]
+    for dim in [each for each in subspace_dims if 2 * each <= d]:
+        try_counts(lambda count: [fit_in_subspace(x, axes[:, :dim], count, seed) for x, axes in pairs], [0.0])  # noqa: B023
+    return candidates, np.array(log_densities)
+
+
 def fit_mixture(x, n_components, reg_covar, seed):
     """Fit scikit-learn's mixture to points (n, d), 20,000 of them at most."""
     with warnings.catch_warnings(), threadpool_limits(1):  # the matrices are small: threads would wait for each other
         warnings.simplefilter("ignore", ConvergenceWarning)  # held-out points decide all the same
         return GaussianMixture(n_components, reg_covar=reg_covar, random_state=seed).fit(x[:MOST_ROWS_TO_FIT])
+
+
+def shrink(fit, strength, n):
+    """Draw the covariances of a mixture of n points to their mean, as if strength * d of its points were in each."""
+    if not strength:
+        return fit
+    mean = np.einsum("k,kij->ij", fit.weights_, fit.covariances_)
+    kept = (1 - 1 / (1 + n * fit.weights_ / (strength * len(mean))))[:, None, None]
+    return with_components(fit, fit.means_, kept * fit.covariances_ + (1 - kept) * mean)
+
+
+def find_differences(fit):
+    """Directions (d, d), in columns, in which components differ, in means and covariances, those of the most first.
+
+    They are the eigenvectors of sum_k w_k ((m_k - m) (m_k - m)^T + (C_k - C)^2), with the means m and C of m_k and C_k.
+    """
+    means = fit.means_ - fit.weights_ @ fit.means_
+    covariances = fit.covariances_ - np.einsum("k,kij->ij", fit.weights_, fit.covariances_)
+    squares = means[:, :, None] * means[:, None] + covariances @ covariances
+    return np.linalg.eigh(np.einsum("k,kij->ij", fit.weights_, squares))[1][:, ::-1]
+
+
+def fit_in_subspace(x, axes, n_components, seed):
+    """Fit a mixture to points (n, d) along orthonormal axes (d, m), in columns; across them it is N(0, I)."""
+    fit = fit_mixture(x @ axes, n_components, REGULARIZERS[0], seed)
+    across = np.eye(len(axes)) - axes @ axes.T
+    return with_components(fit, fit.means_ @ axes.T, axes @ fit.covariances_ @ axes.T + across)
+
+
+def with_components(fit, means, covariances):
+    """A mixture with the weights of another one, and other means (k, d) and covariances (k, d, d)."""
+    mixture = GaussianMixture(len(means))
+    mixture.weights_, mixture.means_, mixture.covariances_ = fit.weights_, means, covariances
+    mixture.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(covariances))
+    return mixture
 
 
 def make_mixture(weights, means, covariances):

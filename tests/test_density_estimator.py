@@ -25,9 +25,21 @@ from small_models import KEY, double_precision
 
 from density_estimator import DensityEstimator, ReferenceDDE
 from egm_dde.draws import split
-from egm_dde.mixtures import build_reference_net, draw, find_shares, kernel_log_densities, log_levels, make_mixture
+from egm_dde.mixtures import (
+    build_reference_net,
+    draw,
+    find_differences,
+    find_shares,
+    fit_in_subspace,
+    kernel_log_densities,
+    log_levels,
+    make_mixture,
+    shrink,
+    with_components,
+)
 from egm_dde.whitening import find_step
 from energy_models import DDE
+from tabular_data import KnownDensity
 
 WEIGHTS = np.array([0.3, 0.7])
 MEANS = np.array([[-1.0, 0.5, 0.0], [2.0, 0.0, 1.0]])
@@ -104,6 +116,44 @@ def test_kernel_densities_are_exact():
     bandwidths = [0.2, 0.7]
     exact = [logsumexp([stats.norm(each, width).logpdf(y).sum(axis=1) for each in x], axis=0) for width in bandwidths]
     np.testing.assert_allclose(kernel_log_densities(x, y, bandwidths), np.array(exact) - math.log(20))
+
+
+def make_fit(means=MEANS, covariances=COVARIANCES):
+    """scikit-learn's form of the mixture above."""
+    mixture = GaussianMixture(2)
+    mixture.weights_ = WEIGHTS
+    return with_components(mixture, means, covariances)
+
+
+def test_covariances_are_drawn_to_their_mean_the_more_the_fewer_points_a_component_has():
+    points, mean = (
+        np.random.default_rng(0).standard_normal((50, 3)),
+        WEIGHTS[0] * COVARIANCES[0] + WEIGHTS[1] * COVARIANCES[1],
+    )
+    np.testing.assert_allclose(make_fit().score_samples(points), exact_log_density(points, 0.0))
+    np.testing.assert_array_equal(shrink(make_fit(), 0.0, 60).covariances_, COVARIANCES)
+    np.testing.assert_allclose(shrink(make_fit(), math.inf, 60).covariances_, [mean, mean])
+    shrunk = shrink(make_fit(), 2.0, 60)  # as if 2 d = 6 points of 18 + 6 and of 42 + 6 were of the mean
+    np.testing.assert_allclose(shrunk.covariances_[0], (18 * COVARIANCES[0] + 6 * mean) / 24)
+    np.testing.assert_allclose(shrunk.covariances_[1], (42 * COVARIANCES[1] + 6 * mean) / 48)
+    exact = make_mixture(WEIGHTS, MEANS, shrunk.covariances_)(points, log_levels(points, 0.0))[:, 0]
+    np.testing.assert_allclose(shrunk.score_samples(points), exact)
+
+
+@pytest.mark.parametrize("of_covariance", [False, True])
+def test_the_direction_in_which_components_differ_is_found(of_covariance):
+    direction = np.array([0.6, 0.0, -0.8])
+    means = np.outer([1.0, -2.0], [0.0, 1.0, 0.0] if of_covariance else 3 * direction)
+    covariances = np.array([np.eye(3), np.eye(3) + 8 * of_covariance * np.outer(direction, direction)])
+    assert abs(find_differences(make_fit(means, covariances))[:, 0] @ direction) == pytest.approx(1)
+
+
+def test_across_its_subspace_a_mixture_is_standard_normal():
+    x = np.random.default_rng(0).standard_normal((300, 3)) * [1, 1, 3] + [0, 0, 5]
+    axes = np.array([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0]]).T
+    fit, along = fit_in_subspace(x, axes, 3, seed=0), GaussianMixture(3, random_state=0).fit(x @ axes)
+    across = stats.norm.logpdf(x @ [0.8, 0.0, -0.6])
+    np.testing.assert_allclose(fit.score_samples(x), along.score_samples(x @ axes) + across)
 
 
 def test_the_share_is_the_most_likely_one():
@@ -207,6 +257,14 @@ def test_the_network_learns_what_the_mixture_misses():
     options = {"n_components": 3, "random_state": 0}
     mixture = GaussianMixture(3, random_state=0).fit(x).score(test)
     assert DensityEstimator(max_steps=300, **options).fit(x).score(test) > mixture + 0.2
+
+
+@pytest.mark.parametrize("kind", ["mixture", "banana"])
+def test_a_curved_ridge_or_clusters_in_many_dimensions_cost_hardly_more_than_their_covariance(kind):
+    known, rng = KnownDensity(kind, 24, 0), np.random.default_rng(1)
+    x, test = known.sample(4000, rng), known.sample(20_000, rng)
+    error = DensityEstimator(max_steps=0, random_state=0).fit(x).score(test) - known.log_density(test).mean()
+    assert -0.16 < error < 0.02  # 24 * 27 / 2 numbers of the mean and the covariance cost 0.04
 
 
 @pytest.mark.parametrize("max_steps", [0, 20])
