@@ -120,10 +120,10 @@ def correct(sample, n_samples, dde_real, dde_fake, noise_std=None, rejection_std
        to clean ones: as the variance v of the noise falls to 0, x moves by score(x) / 2 for each unit of v. One step of
        the midpoint rule does it; where half of the variance is below the lowest level, one of Euler's.
 
-    In many dimensions the densities of nearly clean points hardly overlap, so images are judged at a high level, with
-    noise of its own, and a last step denoises them. (Digits of 8 x 8 pixels, judged at the level at which they are
-    mended: of 50,000 a fifth is kept, and the shares of the digits diverge by 0.14 nats, judged at a third of the
-    highest level by 0.003.)
+    In many dimensions the densities of nearly clean points hardly overlap, so images (height, width, channels) are
+    judged at a high level, with noise of its own, and a last step denoises them. (Digits of 8 x 8 pixels, judged at the
+    level at which they are mended: of 50,000 a fifth is kept, and the shares of the digits diverge by 0.14 nats, judged
+    at a third of the highest level by 0.003.)
 
     Args:
         sample: callable ``sample(n, seed=integer)`` -> clean points (n, *event), whose noisy density is ``dde_fake``.
@@ -131,8 +131,10 @@ def correct(sample, n_samples, dde_real, dde_fake, noise_std=None, rejection_std
         dde_real: ``DDE`` of the data.
         dde_fake: ``DDE`` of what ``sample`` draws.
         noise_std: noise level; None is 2 sqrt(2) times the lowest, or the only one.
-        rejection_std: the level at which points are judged; None is ``noise_std``, with the same noise.
-        denoise_std: the level at which ``dde_real`` denoises the points in the end; None leaves that out.
+        rejection_std: the level at which points are judged; None is ``noise_std``, with the same noise, and for images
+            a third of the highest level.
+        denoise_std: the level at which ``dde_real`` denoises the points in the end; None leaves that out, and is 2.5
+            times the lowest level for images.
         seed: see above.
 
     Raises:
@@ -143,6 +145,9 @@ def correct(sample, n_samples, dde_real, dde_fake, noise_std=None, rejection_std
     n_samples = checks.check_integer("n_samples", n_samples)
     low, high = dde_real.noise_range
     level = choose_level(dde_real, noise_std, default=min(2 * math.sqrt(2) * low, high))
+    if len(dde_real.event_shape) == 3:
+        rejection_std = max(high / 3, low) if rejection_std is None else rejection_std
+        denoise_std = min(2.5 * low, high) if denoise_std is None else denoise_std
     judged_at = choose_level(dde_real, rejection_std, default=level)
     rng = np.random.default_rng(checks.check_seed(seed))
 

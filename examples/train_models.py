@@ -96,25 +96,33 @@ def measure(dataset, model, rng=None, n_samples=2_000_000):
     }
 
 
-def save_without_optimizers(model, path):
-    """Save a model without the state of its optimizers, most of the file, for Keras 3.8 and newer."""
+def save_without_optimizers(model, path, half=False):
+    """Save a model without the state of its optimizers, most of the file, for Keras 3.8 and newer.
+
+    With ``half``, its weights are rounded to half precision, with which the file takes two bytes or less for each.
+    """
     config = model.get_config()
     for part in model.parts:  # a DDE that was compiled would come back with an optimizer
         config[part].pop("compile_config", None)
     copy = type(model).from_config(config)
-    copy.set_weights(model.get_weights())
+    copy.set_weights(
+        [
+            weight.astype(np.float16 if half and weight.dtype == np.float32 else weight.dtype)
+            for weight in model.get_weights()
+        ]
+    )
     save_portably(copy, path)
 
 
 def save_portably(model, path):
-    """Save any ``keras.Model`` without settings that Keras 3.8 refuses because it does not know them."""
+    """Save any ``keras.Model`` without settings that Keras 3.8 refuses because it does not know them, compressed."""
     with replacing(path) as temporary:
         model.save(temporary)
         with zipfile.ZipFile(temporary) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
         newer = rb'"(quantization_config|input_axes|output_axes)": null'
         files["config.json"] = re.sub(rb", " + newer + rb"|(?<={)" + newer + rb", ", b"", files["config.json"])
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:  # which finds what both densities share
             for name, content in files.items():
                 archive.writestr(name, content)
 

@@ -238,7 +238,7 @@ def write_faces(folder, num_images=40):
         picture = np.zeros((218, 178, 3), np.uint8)
         picture[20:-20, :89] = [255, 6 * index, 0]  # the middle square: its left half, red and more or less green
         picture[20:-20, 89:, 2] = 255
-        iio.imwrite(folder / "celeba" / f"{index:06d}.png", picture)
+        iio.imwrite(folder / "celeba" / f"{index:06d}.jpg", picture, quality=98)
 
 
 def test_celeba_from_a_folder(tmp_path):
@@ -248,10 +248,10 @@ def test_celeba_from_a_folder(tmp_path):
     images = load_images("celeba", tmp_path)
     check_images(images, 36, 4, 32, 32, 3)
     assert images.train_labels is None
-    np.testing.assert_allclose(images.train[:, 16, 5, 0], 1, atol=0.01)
-    np.testing.assert_allclose(images.train[:, 16, -5], np.broadcast_to([-1, -1, 1], (36, 3)), atol=0.01)
+    np.testing.assert_allclose(images.train[:, 16, 5, 0], 1, atol=0.03)  # JPEG loses a little
+    np.testing.assert_allclose(images.train[:, 16, -5], np.broadcast_to([-1, -1, 1], (36, 3)), atol=0.03)
     greens = np.sort(np.concatenate([images.train, images.test])[:, 16, 5, 1])
-    np.testing.assert_allclose((greens + 1) * 127.5, 6 * np.arange(40), atol=1)
+    np.testing.assert_allclose((greens + 1) * 127.5, 6 * np.arange(40), atol=4)
     write_faces(tmp_path / "other", num_images=1)
     with pytest.raises(ValueError, match="must hold at least 2 images, got 1"):
         load_images("celeba", tmp_path / "other")

@@ -39,12 +39,12 @@ def test_the_two_densities_correct_points(dataset):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_a_ready_made_generator_of_images_loads_and_samples(name):
-    path = FOLDER.parent / "examples" / "example_models" / f"{name}_generator.keras"
-    assert path.stat().st_size < 3_000_000
-    generator = keras.saving.load_model(path, compile=False)
-    z = np.random.default_rng(0).standard_normal((1000, *generator.input_shape[1:])).astype(np.float32)
-    images = generator(z).numpy()
-    assert images.shape == (1000, 28, 28, 1)
-    assert np.quantile(abs(images), 0.999) < 1.3  # the limits, -1 and 1, are soft
-    assert 0.4 < np.sqrt(images.var(axis=0).mean()) < 0.7  # 0.52 and 0.59 for real ones
+def test_a_ready_made_model_of_images_loads_and_corrects(name):
+    path = FOLDER.parent / "examples" / "example_models" / f"{name}.keras"
+    assert path.stat().st_size < 8_000_000
+    egm = EGM.load(path)
+    for corrected in (False, True):
+        images = egm.sample(200, seed=0, corrected=corrected)
+        assert images.shape == (200, 28, 28, 1)
+        assert np.quantile(abs(images), 0.999) < 1.3  # the limits, -1 and 1, are soft
+        assert 0.4 < np.sqrt(images.var(axis=0).mean()) < 0.7  # 0.52 and 0.59 for real ones

@@ -342,6 +342,14 @@ def test_defaults_are_those_stated():
         np.testing.assert_array_equal(call(**defaults), call())
 
 
+def test_images_are_judged_at_a_high_level_and_denoised():
+    real, fake = (exact_dde((0.1, 2.0), [np.full(12, m)], np.eye(12), event_shape=(2, 3, 2)) for m in (0.0, 0.2))
+    call = partial(correct, partial(draw_data, fake), 50, real, fake, seed=1)
+    np.testing.assert_array_equal(call(), call(rejection_std=2 / 3, denoise_std=0.25))
+    for other in ({"rejection_std": 1.0}, {"denoise_std": 0.2}):
+        assert not np.array_equal(call(), call(**other))
+
+
 def test_equal_seeds_give_equal_results_and_others_do_not():
     for name, call in calls(exact_normal()).items():
         first, again, other, unseeded = (np.asarray(call(seed=seed)) for seed in (7, 7, 8, None))
@@ -361,12 +369,12 @@ def test_points_of_any_shape():
     axes = stats.ortho_group(12, seed=0).rvs()
     shaped, flat = (
         exact_dde((0.3, 2.0), [np.zeros(12)], axes * np.geomspace(0.1, 1, 12) @ axes.T, event_shape=shape)
-        for shape in ((2, 3, 2), (12,))
+        for shape in ((3, 4), (12,))
     )
     for (name, call), flat_call in zip(calls(shaped).items(), calls(flat).values(), strict=True):
         result, flat_result = call(seed=1), np.asarray(flat_call(seed=1), float)
         if name != "log_partition":
-            assert result.shape == (200, 2, 3, 2) and result.dtype == np.float32
+            assert result.shape == (200, 3, 4) and result.dtype == np.float32
         if name != "annealed_langevin":  # starts at other points
             result = np.reshape(np.asarray(result, float), flat_result.shape)
             np.testing.assert_allclose(result, flat_result, rtol=1e-3, atol=1e-4)
