@@ -2,15 +2,16 @@
 
 Of each run, 10,000 generated and as many corrected images are measured beside real ones, by a classifier that is
 trained for it on the training images. The model is measured as it is kept, in half precision. Seed 0 is kept in
-``examples/example_models/``, with its film and a sheet of the first 100 images of each pool.
+``examples/example_models/``, with a sheet of the first 100 images of each pool. Whole models and films of all seeds go
+to ``build/images/``: what is there is not trained again.
 
     python benchmarks/images.py [--seeds 0 1 2] [--datasets mnist fashion_mnist] [--tables-only]
 """
 
 import argparse
+import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -34,9 +35,10 @@ from image_models import RECIPES, train_density, train_generator
 from train_models import save_without_optimizers
 
 FILE = report.FOLDER / "images.csv"
+WORK = ROOT / "build" / "images"
 MODELS, PICTURES = ROOT / "examples" / "example_models", ROOT / "examples" / "example_images"
 NUM_IMAGES = 10_000  # of a pool
-POOL_SEED = 1
+POOL_SEED, POOLS = 1, ("generated", "corrected")
 NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits 8 x 8"}
 NUMBERS = [  # name in the table, name in the rows, digits
     ("sure of", "sure", 3),
@@ -51,20 +53,17 @@ NUMBERS = [  # name in the table, name in the rows, digits
 
 def run(dataset, seed, data_dir):
     """Train, keep and measure once; return the rows of what was generated, corrected, and of test images."""
-    images, recipe = load_images(dataset, data_dir), RECIPES[dataset]
-    start, start_cpu = time.perf_counter(), time.process_time()
-    dde = train_density(images.train, recipe, seed)
-    copies = np.repeat(images.test, -(-NUM_IMAGES // len(images.test)), axis=0)[:NUM_IMAGES]
-    losses = [dde.denoising_loss(x, tf.constant([seed, i], tf.int64)) for i, x in enumerate(np.split(copies, 10))]
-    print(f"{dataset}, seed {seed}: density trained, loss on test images {np.mean(losses):.4f}", flush=True)
-    film = GifCallback(PICTURES / f"{dataset}.gif", draw_film, size=512, num_colors=16)
-    egm = train_generator(dde, images.train, recipe, seed, callbacks=[film] if seed == 0 else [])
-    training = {"test_loss": float(np.mean(losses)), "minutes": (time.perf_counter() - start) / 60}
-    training["cpu_minutes"] = (time.process_time() - start_cpu) / 60
-    pools = draw_pools(keep(egm, dataset, seed), images)
+    images, path = load_images(dataset, data_dir), WORK / f"{dataset}_{seed}.keras"
+    if not path.exists():
+        train(dataset, seed, images, path)
+    training = json.loads(path.with_suffix(".json").read_text())
+    egm = keep(EGM.load(path), MODELS / f"{dataset}.keras" if seed == 0 else path.with_suffix(".kept.keras"))
+    pools = {name: egm.sample(NUM_IMAGES, seed=POOL_SEED, corrected=name == "corrected") for name in POOLS}
+    pools["test images"] = images.test
     classifier = image_metrics.train_classifier(images.train, images.train_labels, seed)
     if seed == 0:
-        save_sheet(pools, classifier, PICTURES / f"{dataset}.png")
+        shares = [image_metrics.class_shares(image_metrics.classify(classifier, x)[0]) for x in pools.values()]
+        image_metrics.draw_sheet(pools, shares).savefig(PICTURES / f"{dataset}.png", dpi=100)
     key = {"dataset": dataset, "seed": seed}
     return [
         {**key, "images": name, **image_metrics.measure(classifier, x, images.train, images.train_labels), **training}
@@ -72,31 +71,31 @@ def run(dataset, seed, data_dir):
     ]
 
 
+def train(dataset, seed, images, path):
+    """Train once; write the model, its film, and how long that took."""
+    recipe, start, start_cpu = RECIPES[dataset], time.perf_counter(), time.process_time()
+    dde = train_density(images.train, recipe, seed)
+    copies = np.repeat(images.test, -(-NUM_IMAGES // len(images.test)), axis=0)[:NUM_IMAGES]
+    losses = [dde.denoising_loss(x, tf.constant([seed, i], tf.int64)) for i, x in enumerate(np.split(copies, 10))]
+    print(f"{dataset}, seed {seed}: density trained, loss on test images {np.mean(losses):.4f}", flush=True)
+    film = GifCallback(path.with_suffix(".gif"), draw_film, size=512, num_colors=16)
+    egm = train_generator(dde, images.train, recipe, seed, callbacks=[film])
+    minutes = {"minutes": (time.perf_counter() - start) / 60, "cpu_minutes": (time.process_time() - start_cpu) / 60}
+    path.with_suffix(".json").write_text(json.dumps({"test_loss": float(np.mean(losses)), **minutes}))
+    egm.save(path)
+
+
 def draw_film(ax, model):
     """Draw 64 generated images, always of the same latents."""
     plot_images(ax, model.sample(64, seed=POOL_SEED), num_columns=8)
 
 
-def keep(egm, dataset, seed):
-    """Round a model to half precision, keep that of seed 0, and return it."""
+def keep(egm, path):
+    """Round a model to half precision, write it, and return what was written."""
     for weight, average in zip(egm.generator.weights, egm.averages, strict=True):
         weight.assign(average)  # what samples come from
-    with tempfile.TemporaryDirectory() as folder:
-        path = (MODELS if seed == 0 else Path(folder)) / f"{dataset}.keras"
-        save_without_optimizers(egm, path, half=True)
-        return EGM.load(path)
-
-
-def draw_pools(egm, images):
-    """Generated, corrected and real images of a kept model: what its sheet shows and its table measures."""
-    generated, corrected = (egm.sample(NUM_IMAGES, seed=POOL_SEED, corrected=each) for each in (False, True))
-    return {"generated": generated, "corrected": corrected, "test images": images.test}
-
-
-def save_sheet(pools, classifier, path):
-    """Save the sheet of pools with the shares of their classes, as the classifier counts them."""
-    shares = [image_metrics.class_shares(image_metrics.classify(classifier, x)[0]) for x in pools.values()]
-    image_metrics.draw_sheet(pools, shares).savefig(path, dpi=100)
+    save_without_optimizers(egm, path, half=True)
+    return EGM.load(path)
 
 
 def write_results(rows, run_line):
@@ -104,7 +103,7 @@ def write_results(rows, run_line):
     header = ["Images", "Runs", *(name for name, _, _ in NUMBERS), "Training (CPU min)"]
     lines = []
     for dataset, name in NAMES.items():
-        for kind in ("generated", "corrected", "test images"):
+        for kind in (*POOLS, "test images"):
             found = [row for row in rows if row["dataset"] == dataset and row["images"] == kind]
             cells = [report.summarise(found, column, digits) for _, column, digits in NUMBERS]
             minutes = report.summarise(found, "cpu_minutes", 0) if kind == "generated" else ""
@@ -121,6 +120,7 @@ def main():
     parser.add_argument("--data-dir", default="data", help="folder of local files")
     parser.add_argument("--tables-only", action="store_true", help="write the table of the runs in images.csv")
     arguments = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
     run_line = report.find_run_line("images", ["tensorflow", "keras", "prdc"], arguments.tables_only)
     for dataset in [] if arguments.tables_only else arguments.datasets:
         for seed in arguments.seeds:

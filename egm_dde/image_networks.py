@@ -59,7 +59,7 @@ class ScoreScaling(networks.DataLayer):
         return hidden * keras.ops.sqrt(self.noisy_variance(hidden, log_noise_std)) * keras.ops.exp(-log_noise_std)
 
 
-def build_image_energy_net(images, widths=(512, 512), activation="silu", seed=0, separate_channels=False):  # noqa: D417
+def build_image_energy_net(images, widths=(256, 512), activation="silu", seed=0, separate_channels=False):  # noqa: D417
     """Build the network of a DDE of images: from [images, log(noise_std) (batch, 1)] to (batch, 1), a ``keras.Model``.
 
     Two dense layers look at each window of 8 x 8 pixels, every 4 pixels; those of ``widths`` look at what they found in

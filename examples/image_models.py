@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from energy_models import DDE, EGM, build_image_energy_net, build_image_generator
 
-WIDTHS = (256, 512)  # of the layers of a density that look at all windows
 DDE_STEPS = 5  # of the fake DDE, for one step of the generator
 BATCH_SIZE, STEPS_PER_EPOCH = 64, 50
 
@@ -64,7 +63,7 @@ def train_density(x, recipe, seed=0, is_stacked=False, **options):
 
 def build_density(x, seed=0, is_stacked=False):
     """Build a DDE of images without the dual term, which outweighs the score where there are many pixels."""
-    net = build_image_energy_net(x, WIDTHS, seed=seed, separate_channels=is_stacked)
+    net = build_image_energy_net(x, seed=seed, separate_channels=is_stacked)
     return DDE(net, measure_scales(x).noise_range, dual_weight=0, seed=seed)
 
 

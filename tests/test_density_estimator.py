@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import joblib
 import keras
 import numpy as np
+import pandas
 import pytest
 import tensorflow as tf
 from scipy import stats
@@ -340,6 +341,18 @@ def test_constant_columns_are_left_out_by_name():
     np.testing.assert_allclose(estimator.score_samples(np.insert(x, 1, 7.0, axis=1)), expected)
     assert (estimator.sample(5)[:, 1] == 7).all()
     assert (estimator.score_gradient(np.insert(x, 1, 7.0, axis=1))[:, 1] == 0).all()
+
+
+def test_a_data_frame_gives_the_names_of_its_columns():
+    frame = pandas.DataFrame(ring(60), columns=["width", "height"]).assign(kind=1.0)
+    estimator = DensityEstimator(max_steps=0, random_state=0)
+    with pytest.warns(UserWarning, match="constant columns are left out of the density: kind"):
+        scores = estimator.fit(frame).score_samples(frame)
+    with pytest.warns(UserWarning, match="constant columns are left out of the density: 2"):
+        expected = clone(estimator).fit(frame.to_numpy()).score_samples(frame.to_numpy())
+    np.testing.assert_array_equal(scores, expected)
+    with pytest.raises(ValueError, match="feature names"):
+        estimator.score_samples(frame[["height", "width", "kind"]])
 
 
 def test_steps_of_one_size_are_named():
