@@ -35,7 +35,7 @@ models: $(INSTALLED) ## Train the ready-made models in example_models/ (ten minu
 	$(VENV)/bin/python examples/train_models.py
 
 # Some of them only: make benchmark BENCHMARKS="step_time scaling"
-BENCHMARKS ?= step_time image_step_time scaling quality ablation peers published_recipe
+BENCHMARKS ?= step_time image_step_time scaling quality images ablation peers published_recipe
 benchmark: $(INSTALLED) $(INSTALLED_PEERS) ## Run the benchmarks (several hours; settings: BENCHMARKS)
 	@set -e; for name in $(BENCHMARKS); do \
 	    echo "benchmarks/$$name.py"; $(VENV)/bin/python benchmarks/$$name.py; \

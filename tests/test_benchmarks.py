@@ -69,7 +69,16 @@ def test_a_table_has_a_row_for_each_row(report):
 
 def test_every_script_has_a_section_and_is_named(report):
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    for name in ("quality", "peers", "published_recipe", "ablation", "step_time", "image_step_time", "scaling"):
+    for name in (
+        "quality",
+        "images",
+        "peers",
+        "published_recipe",
+        "ablation",
+        "step_time",
+        "image_step_time",
+        "scaling",
+    ):
         assert (BENCHMARKS / f"{name}.py").exists()
         assert f"`{name}.py`" in text
         assert text.count(f"<!-- {name.replace('_', ' ')} -->") == 1
