@@ -43,7 +43,7 @@ from energy_models import DDE
 
 BANDWIDTHS = np.geomspace(0.05, 1.5, 24)  # of kernels, in whitened units
 NUM_FOLDS, MOST_ROWS_TO_CROSS, MOST_NUMBERS_TO_CROSS = 5, 5000, 30_000  # larger tables: one part held out, no kernels
-SMALLEST_SHARE, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 0.01, 5000, 40
+SMALLEST_SHARE, MOST_ROWS_HELD_OUT, FEWEST_ROWS_TO_TRAIN = 0.01, 2000, 40
 HIGHEST_LEVEL, NUM_LEVELS, BATCH_SIZE, STEPS_BETWEEN_CHECKS = 1.0, 6, 512, 20
 NUM_POINTS = 20_000  # of the reference, which weigh the constant
 LARGEST_DIFFERENCE, LARGEST_ERROR = 0.2, 0.01  # in nats: of the constant from both sides, and of the mean of weights
@@ -99,7 +99,7 @@ class KeepBest(keras.callbacks.Callback):
 class DensityEstimator(DensityMixin, BaseEstimator):
     """The density of a table of numbers, in nats and in the units of the table: a scikit-learn estimator.
 
-    The columns are whitened. A fifth of the rows, 5000 at most, is held out; in small tables, each fifth in turn. The
+    The columns are whitened. A fifth of the rows, 2000 at most, is held out; in small tables, each fifth in turn. The
     reference pools mixtures of Gaussians of many sizes, fitted to the rest, and a kernel density estimate, in shares
     that make the held-out rows most likely. These also choose the steps of training, on the best mixture; the level of
     the network, and whether its mixture has noise of that level, too; and the share of the network in the density,
@@ -200,7 +200,7 @@ class DensityEstimator(DensityMixin, BaseEstimator):
             log_densities = np.concatenate([log_densities, of_kernels[best : best + 1]])
             bandwidth = BANDWIDTHS[best]
         shares = find_shares(log_densities)
-        shares = np.where(shares < SMALLEST_SHARE, 0.0, shares)
+        shares[1:] = np.where(shares[1:] < SMALLEST_SHARE, 0.0, shares[1:])  # the first is for rows far from all others
         shares /= shares.sum()
         self.kernel_share_ = float(shares[-1]) if crosses else 0.0
         used = [(each, share) for each, share in zip(fits, shares, strict=False) if share]  # the kernels come last

@@ -86,7 +86,7 @@ def train(dataset, seed, images, path):
     copies = np.repeat(images.test, -(-NUM_IMAGES // len(images.test)), axis=0)  # each with a noise of its own
     loss = dde.evaluate(copies, batch_size=1000, verbose=0)
     print(f"{dataset}, seed {seed}: density trained, loss on test images {loss:.4f}", flush=True)
-    film = GifCallback(path.with_suffix(".gif"), draw_film, size=512, num_colors=16)
+    film = GifCallback(path.with_suffix(".gif"), draw_film, size=464, num_colors=8)
     stopwatch = start_stopwatch()
     egm = train_generator(dde, images.train, RECIPES[dataset], seed, callbacks=[film])
     write_json(path, {**read_json(density), "test_loss": loss, "generator_minutes": stopwatch()})

@@ -18,6 +18,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of components
 REGULARIZERS = (1e-6, 1e-2)  # of covariances
 STRENGTHS = (0.0, 1.0, 4.0, math.inf)  # with which covariances are drawn to their mean
 SUBSPACE_DIMS = (1, 2, 4, 8, 16)
+WIDTHS = 4.0 ** np.arange(1, 6)  # of Gaussians for rows far from all others
 MOST_ROWS_TO_FIT = 20_000
 
 
@@ -80,7 +81,9 @@ def build_reference_net(mixture, widths=(128, 128), seed=0):
 def fit_candidates(folds, counts, regularizers, subspace_dims, seed):  # noqa: D417
     """Fit mixtures of many kinds to points whose covariance is I, each with more components until that no longer helps.
 
-    Components have covariances of their own; or these, drawn to their mean; or they differ in few directions alone,
+    The first candidate is wide, the same mixture of N(0, width^2 I) for all tables: a row far from all others, such as
+    an error of measurement, gets a density of it that is small, and not absurdly small. In the others, components have
+    covariances of their own; or these, drawn to their mean; or they differ in few directions alone,
     those in which the components of the best mixture so far differ most, and are N(0, I) in all others.
 
     Args:
@@ -94,6 +97,9 @@ def fit_candidates(folds, counts, regularizers, subspace_dims, seed):  # noqa: D
     """
     candidates, log_densities = [], []
     n, d = folds[0][0].shape
+    wide = make_fit(
+        np.full(len(WIDTHS), 1 / len(WIDTHS)), np.zeros((len(WIDTHS), d)), WIDTHS[:, None, None] ** 2 * np.eye(d)
+    )
 
     def judge(candidate):
         candidates.append(candidate)
@@ -111,6 +117,7 @@ def fit_candidates(folds, counts, regularizers, subspace_dims, seed):  # noqa: D
             if max(means[-2:]) < max(means) - 0.1:  # two falls in turn
                 break
 
+    judge([wide] * len(folds))
     for reg_covar in regularizers:
         try_counts(lambda count: [fit_mixture(x, count, reg_covar, seed) for x, _ in folds], STRENGTHS)  # noqa: B023
     best = candidates[np.argmax(np.mean(log_densities, axis=1))]
@@ -133,7 +140,7 @@ def shrink(fit, strength, n):
         return fit
     mean = np.einsum("k,kij->ij", fit.weights_, fit.covariances_)
     kept = (1 - 1 / (1 + n * fit.weights_ / (strength * len(mean))))[:, None, None]
-    return with_components(fit, fit.means_, kept * fit.covariances_ + (1 - kept) * mean)
+    return make_fit(fit.weights_, fit.means_, kept * fit.covariances_ + (1 - kept) * mean)
 
 
 def find_differences(fit):
@@ -151,15 +158,15 @@ def fit_in_subspace(x, axes, n_components, seed):
     """Fit a mixture to points (n, d) along orthonormal axes (d, m), in columns; across them it is N(0, I)."""
     fit = fit_mixture(x @ axes, n_components, REGULARIZERS[0], seed)
     across = np.eye(len(axes)) - axes @ axes.T
-    return with_components(fit, fit.means_ @ axes.T, axes @ fit.covariances_ @ axes.T + across)
+    return make_fit(fit.weights_, fit.means_ @ axes.T, axes @ fit.covariances_ @ axes.T + across)
 
 
-def with_components(fit, means, covariances):
-    """A mixture with the weights of another one, and other means (k, d) and covariances (k, d, d)."""
-    mixture = GaussianMixture(len(means))
-    mixture.weights_, mixture.means_, mixture.covariances_ = fit.weights_, means, covariances
-    mixture.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(covariances))
-    return mixture
+def make_fit(weights, means, covariances):
+    """scikit-learn's mixture of weights (k,), means (k, d) and covariances (k, d, d)."""
+    fit = GaussianMixture(len(means))
+    fit.weights_, fit.means_, fit.covariances_ = weights, means, covariances
+    fit.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(covariances))
+    return fit
 
 
 def make_mixture(weights, means, covariances):

@@ -134,7 +134,7 @@ class Film:
 
     def __init__(self, size=480):
         dpi = check_integer("size", size, 64, 2049) / 4.8
-        self.canvas = FigureCanvasAgg(Figure(figsize=(4.8, 5.15), dpi=dpi))
+        self.canvas = FigureCanvasAgg(Figure(figsize=(4.8, 5.15), dpi=dpi, layout="none"))
         self.axes = self.canvas.figure.add_axes((0.01, 0.01, 0.98, 0.98 * 4.8 / 5.15))
         self.frames = []
 

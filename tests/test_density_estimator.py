@@ -34,9 +34,9 @@ from egm_dde.mixtures import (
     fit_in_subspace,
     kernel_log_densities,
     log_levels,
+    make_fit,
     make_mixture,
     shrink,
-    with_components,
 )
 from egm_dde.whitening import find_step
 from energy_models import DDE
@@ -119,22 +119,19 @@ def test_kernel_densities_are_exact():
     np.testing.assert_allclose(kernel_log_densities(x, y, bandwidths), np.array(exact) - math.log(20))
 
 
-def make_fit(means=MEANS, covariances=COVARIANCES):
-    """scikit-learn's form of the mixture above."""
-    mixture = GaussianMixture(2)
-    mixture.weights_ = WEIGHTS
-    return with_components(mixture, means, covariances)
-
-
 def test_covariances_are_drawn_to_their_mean_the_more_the_fewer_points_a_component_has():
     points, mean = (
         np.random.default_rng(0).standard_normal((50, 3)),
         WEIGHTS[0] * COVARIANCES[0] + WEIGHTS[1] * COVARIANCES[1],
     )
-    np.testing.assert_allclose(make_fit().score_samples(points), exact_log_density(points, 0.0))
-    np.testing.assert_array_equal(shrink(make_fit(), 0.0, 60).covariances_, COVARIANCES)
-    np.testing.assert_allclose(shrink(make_fit(), math.inf, 60).covariances_, [mean, mean])
-    shrunk = shrink(make_fit(), 2.0, 60)  # as if 2 d = 6 points of 18 + 6 and of 42 + 6 were of the mean
+    np.testing.assert_allclose(
+        make_fit(WEIGHTS, MEANS, COVARIANCES).score_samples(points), exact_log_density(points, 0.0)
+    )
+    np.testing.assert_array_equal(shrink(make_fit(WEIGHTS, MEANS, COVARIANCES), 0.0, 60).covariances_, COVARIANCES)
+    np.testing.assert_allclose(shrink(make_fit(WEIGHTS, MEANS, COVARIANCES), math.inf, 60).covariances_, [mean, mean])
+    shrunk = shrink(
+        make_fit(WEIGHTS, MEANS, COVARIANCES), 2.0, 60
+    )  # as if 2 d = 6 points of 18 + 6 and of 42 + 6 were of the mean
     np.testing.assert_allclose(shrunk.covariances_[0], (18 * COVARIANCES[0] + 6 * mean) / 24)
     np.testing.assert_allclose(shrunk.covariances_[1], (42 * COVARIANCES[1] + 6 * mean) / 48)
     exact = make_mixture(WEIGHTS, MEANS, shrunk.covariances_)(points, log_levels(points, 0.0))[:, 0]
@@ -146,7 +143,7 @@ def test_the_direction_in_which_components_differ_is_found(of_covariance):
     direction = np.array([0.6, 0.0, -0.8])
     means = np.outer([1.0, -2.0], [0.0, 1.0, 0.0] if of_covariance else 3 * direction)
     covariances = np.array([np.eye(3), np.eye(3) + 8 * of_covariance * np.outer(direction, direction)])
-    assert abs(find_differences(make_fit(means, covariances))[:, 0] @ direction) == pytest.approx(1)
+    assert abs(find_differences(make_fit(WEIGHTS, means, covariances))[:, 0] @ direction) == pytest.approx(1)
 
 
 def test_across_its_subspace_a_mixture_is_standard_normal():
@@ -266,6 +263,15 @@ def test_a_curved_ridge_or_clusters_in_many_dimensions_cost_hardly_more_than_the
     x, test = known.sample(4000, rng), known.sample(20_000, rng)
     error = DensityEstimator(max_steps=0, random_state=0).fit(x).score(test) - known.log_density(test).mean()
     assert -0.12 < error < 0.02  # 24 * 27 / 2 numbers of the mean and the covariance cost 0.04
+
+
+def test_a_row_far_from_all_others_has_a_density_that_is_small_but_not_absurd():
+    x = np.random.default_rng(0).standard_normal((200, 2))
+    estimator = DensityEstimator(max_steps=0, random_state=0).fit(x)
+    far = [[100.0, 0.0], [1000.0, 0.0], [0.0, 2000.0]]
+    assert (estimator.score_samples(far) > -40).all()  # a Gaussian has minus 5000 and less
+    exact = stats.norm.logpdf(x).sum(axis=1)
+    assert (estimator.score_samples(x) - exact).mean() > -0.01
 
 
 @pytest.mark.parametrize("max_steps", [0, 20])

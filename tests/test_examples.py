@@ -45,7 +45,7 @@ def table(notebook, header):
 @pytest.mark.parametrize("name", ["density_benchmark", "images", "your_data"])
 def test_kept_example_is_one_clean_run(name):
     notebook = read(name)
-    assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 1_500_000
+    assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 3_500_000
     check_outputs(notebook)
     assert max(num_lines(cell) for cell in code_cells(notebook)) <= 40
     assert sum(cell.metadata.get("tags") == ["parameters"] for cell in notebook.cells) == 1
@@ -56,8 +56,8 @@ def test_kept_tables_of_the_benchmark():
     for kind, *cells in table(notebook, "density"):
         for cell in cells:
             error, standard_error = map(float, cell.split(" ± "))
-            # Fitting five Gaussians in 63 dimensions to 10,000 rows costs 0.52 nats: at most twice that.
-            assert -1.04 < error < 3 * standard_error + 1e-3, (kind, error)
+            # Fitting a Gaussian in 63 dimensions to 20,000 rows costs 0.05 nats: at most twice that.
+            assert -0.1 < error < 3 * standard_error + 1e-3, (kind, error)
     for _, kernels, mixture, *_, ours, _ in table(notebook, "table"):
         (kernels, _), (mixture, _), (ours, error) = (map(float, cell.split(" ± ")) for cell in (kernels, mixture, ours))
         assert ours > max(kernels, mixture) - 0.05 - error

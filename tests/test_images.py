@@ -93,6 +93,18 @@ def test_a_generator_of_stacks_starts_with_independent_colours():
     assert red.std() > 0.3 and abs(np.corrcoef(red, green)[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_a_ready_made_model_of_images_loads_and_corrects(name):
+    path = EXAMPLES / "example_models" / f"{name}.keras"
+    assert path.stat().st_size < 8_000_000
+    egm = EGM.load(path)
+    for corrected in (False, True):
+        images = egm.sample(200, seed=0, corrected=corrected)
+        assert images.shape == (200, 28, 28, 1)
+        assert np.quantile(abs(images), 0.999) < 1.3  # the limits, -1 and 1, are soft
+        assert 0.4 < np.sqrt(images.var(axis=0).mean()) < 0.7  # 0.52 and 0.59 for real ones
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_the_kept_sheet_is_of_the_kept_model(name):
