@@ -100,9 +100,10 @@ class DensityEstimator(DensityMixin, BaseEstimator):
     """The density of a table of numbers, in nats and in the units of the table: a scikit-learn estimator.
 
     The columns are whitened. A fifth of the rows, 2000 at most, is held out; in small tables, each fifth in turn. The
-    reference pools mixtures of Gaussians of many sizes, fitted to the rest, and a kernel density estimate, in shares
-    that make the held-out rows most likely. These also choose the steps of training, on the best mixture; the level of
-    the network, and whether its mixture has noise of that level, too; and the share of the network in the density,
+    reference pools mixtures of Gaussians of many sizes and kinds, fitted to the rest, a wide one for rows far from all
+    others, and for small tables a kernel density estimate, in shares that make the held-out rows most likely. These
+    also choose the steps of training, on the best mixture; the level of the network, and whether its mixture has noise
+    of that level, too; and the share of the network in the density,
 
         share mixture(x) exp(c(x, level)) / Z + (1 - share) reference(x).
 
