@@ -22,6 +22,8 @@ def read(name):
 def run(folder, name, **settings):
     """Execute a notebook, with settings, in a copy of the project; return it."""
     shutil.copytree(EXAMPLES / "example_models", folder / "examples" / "example_models")
+    (folder / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "images.csv", folder / "benchmarks")
     return execute_copy(folder, EXAMPLES / f"{name}.ipynb", **settings)
 
 
