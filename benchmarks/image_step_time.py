@@ -23,7 +23,6 @@ SHAPES = {
     "digits and clothes, 28 x 28": (28, 28, 1),
     "stacks of digits, 28 x 28": (28, 28, 3),
 }
-BATCH_SIZE = 64
 VARIANTS = {  # threads of an operation, 0 for one on each core, and whether XLA compiles the step
     "operations on one thread each": ("1", False),
     "operations on all cores": ("0", False),
@@ -40,17 +39,14 @@ def prepare(shape, num_threads, jit_compile):
     prepare_process()
     import tensorflow as tf
 
-    from energy_models import DDE, EGM, build_image_energy_net, build_image_generator
+    from energy_models import EGM, build_image_generator
+    from image_models import BATCH_SIZE, build_density
 
     images = np.random.default_rng(0).uniform(-1, 1, (1000, *shape)).astype(np.float32)
-
-    def build_dde(seed):
-        net = build_image_energy_net(images, seed=seed, separate_channels=shape[-1] > 1)
-        return DDE(net, (0.1, 9.0), dual_weight=0, seed=seed)
-
-    dde_real, generator = build_dde(0), build_image_generator(images, latent_dim=32)
+    dde_real, dde_fake = (build_density(images, (0.1, 9.0), seed, is_stacked=shape[-1] > 1) for seed in (0, 1))
     dde_real.trainable = False
-    model = EGM(dde_real, build_dde(1), generator, latents_per_point=4, level_power=2, seed=0)
+    generator = build_image_generator(images, latent_dim=32)
+    model = EGM(dde_real, dde_fake, generator, latents_per_point=4, level_power=2, seed=0)
     model.compile(jit_compile=jit_compile)
     iterator = iter(tf.data.Dataset.from_tensors(images[:BATCH_SIZE]).repeat())
     model.make_train_function()

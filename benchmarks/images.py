@@ -62,14 +62,9 @@ def run(dataset, seed, data_dir):
     if seed == 0:
         shares = [image_metrics.class_shares(image_metrics.classify(classifier, x)[0]) for x in pools.values()]
         image_metrics.draw_sheet(pools, shares).savefig(PICTURES / f"{dataset}.png", dpi=100)
-    key = {"dataset": dataset, "seed": seed}
+    key, training = {"dataset": dataset, "seed": seed}, read_json(path)
     return [
-        {
-            **key,
-            "images": name,
-            **image_metrics.measure(classifier, x, images.train, images.train_labels),
-            **read_json(path),
-        }
+        {**key, "images": name, **image_metrics.measure(classifier, x, images.train, images.train_labels), **training}
         for name, x in pools.items()
     ]
 

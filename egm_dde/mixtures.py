@@ -83,8 +83,8 @@ def fit_candidates(folds, counts, regularizers, subspace_dims, seed):  # noqa: D
 
     The first candidate is wide, the same mixture of N(0, width^2 I) for all tables: a row far from all others, such as
     an error of measurement, gets a density of it that is small, and not absurdly small. In the others, components have
-    covariances of their own; or these, drawn to their mean; or they differ in few directions alone,
-    those in which the components of the best mixture so far differ most, and are N(0, I) in all others.
+    covariances of their own; or these, drawn to their mean; or they differ in few directions alone, those in which the
+    components of the best mixture so far differ most, and are N(0, I) in all others.
 
     Args:
         folds: pairs of points (n, d) to fit to, and points that are held out.

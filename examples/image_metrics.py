@@ -43,8 +43,7 @@ def train_classifier(x, labels, seed=0, num_images=160_000):
 
 def classify(classifier, x):
     """The class of each image, and how sure the classifier is of it; of stacks, that of the least certain channel."""
-    logits = [classifier.predict(x[..., [channel]], batch_size=1000, verbose=0) for channel in range(x.shape[-1])]
-    probabilities = softmax(np.stack(logits), axis=-1)  # (channels, n, 10)
+    probabilities = softmax(_predict_channels(classifier, x), axis=-1)  # (channels, n, 10)
     labels = np.ravel_multi_index(tuple(probabilities.argmax(axis=-1)), (10,) * x.shape[-1])
     return labels, probabilities.max(axis=-1).min(axis=0)
 
@@ -70,7 +69,8 @@ def measure(classifier, x, train, train_labels):
     labels, confidence = classify(classifier, x)
     covered, divergence = label_coverage(labels, class_shares(train_labels, x.shape[-1]))
     net = keras.Model(classifier.inputs, classifier.get_layer("features").output)
-    real, found = (_features(net, each) for each in (train[: 2 * NUM_COMPARED], x[:NUM_COMPARED]))
+    compared = train[: 2 * NUM_COMPARED], x[:NUM_COMPARED]
+    real, found = (np.concatenate(_predict_channels(net, each), axis=1) for each in compared)
     with contextlib.redirect_stdout(None):  # it prints the numbers of images
         neighbours = compute_prdc(real, found, nearest_k=5)
     distances = NearestNeighbors(n_neighbors=1).fit(_flatten(train)).kneighbors(_flatten(x[:NUM_COMPARED]))[0]
@@ -109,5 +109,6 @@ def _flatten(x):
     return x.reshape(len(x), -1)
 
 
-def _features(net, x):
-    return np.concatenate([net.predict(x[..., [c]], verbose=0) for c in range(x.shape[-1])], axis=1)
+def _predict_channels(net, x):
+    """Outputs (channels, n, units) of a network of images with one channel, for each channel of x."""
+    return np.stack([net.predict(x[..., [c]], batch_size=1000, verbose=0) for c in range(x.shape[-1])])

@@ -55,16 +55,16 @@ def measure_scales(x):
 
 def train_density(x, recipe, seed=0, is_stacked=False, **options):
     """Train a DDE on images (n, height, width, channels); options are those of ``keras.Model.fit``."""
-    dde = build_density(x, seed, is_stacked)
+    dde = build_density(x, measure_scales(x).noise_range, seed, is_stacked)
     dde.compile(adam(3e-3, recipe.density_steps, recipe.density_steps // 50), jit_compile=True)
     fit(dde, x, recipe.density_steps, recipe.density_batch_size, seed, **options)
     return dde
 
 
-def build_density(x, seed=0, is_stacked=False):
+def build_density(x, noise_range, seed=0, is_stacked=False):
     """Build a DDE of images without the dual term, which outweighs the score where there are many pixels."""
     net = build_image_energy_net(x, seed=seed, separate_channels=is_stacked)
-    return DDE(net, measure_scales(x).noise_range, dual_weight=0, seed=seed)
+    return DDE(net, noise_range, dual_weight=0, seed=seed)
 
 
 def train_generator(dde_real, x, recipe, seed=0, is_stacked=False, **options):
@@ -73,14 +73,14 @@ def train_generator(dde_real, x, recipe, seed=0, is_stacked=False, **options):
     The fake DDE starts as a copy of the real one and first learns what the generator, a Gaussian at first, makes.
     """
     dde_real.trainable = False
-    dde_fake = build_density(x, seed + 1, is_stacked)
+    dde_fake = build_density(x, dde_real.noise_range, seed + 1, is_stacked)
     dde_fake.net.set_weights(dde_real.net.get_weights())
     latent_dim = measure_scales(x).latent_dim
     generator = (build_stack_generator if is_stacked else build_image_generator)(x, latent_dim, seed=seed + 2)
     latents = np.random.default_rng(seed).standard_normal((20_000, latent_dim), dtype=np.float32)
     first_steps = max(1, recipe.steps // 5)
     dde_fake.compile(adam(3e-3, first_steps), jit_compile=True)
-    fit(dde_fake, generator.predict(latents, batch_size=1000, verbose=0), first_steps, BATCH_SIZE, seed, verbose=0)
+    fit(dde_fake, generator.predict(latents, batch_size=1000, verbose=0), first_steps, BATCH_SIZE, seed)
     egm = EGM(
         dde_real, dde_fake, generator, DDE_STEPS, latents_per_point=4, average_decay=0.99, level_power=2, seed=seed
     )
